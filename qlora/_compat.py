@@ -1,0 +1,68 @@
+"""Every upstream quirk that the project works around, with the reason and what lets it go. Nothing here changes another
+library's code: these are settings and corrections of our own objects.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def prepare_environment() -> None:
+    """Settings that count only before the libraries are imported; a value that the user has set stays.
+
+    - OMP_WAIT_POLICY: torch and bitsandbytes each bring an OpenMP pool, and idle threads of one spin against the other
+      (fp32 forward and backward of a 2048 x 2048 4-bit layer on 2 cores: 57 ms, with PASSIVE 44 ms; torch 2.13,
+      bitsandbytes 0.50.2). Goes when bitsandbytes links the pool that torch ships.
+    - TOKENIZERS_PARALLELISM: silences the warning about forks; rows are tokenised before any worker starts.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def use_plain_cpu_kernels(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers on the dequantise-and-multiply path in evaluation on CPUs.
+
+    On processors with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weight at its first forward in evaluation mode
+    and asserts out_features % 32 == 0, which real models break. The plain path is also the one that training takes, so
+    losses of the two agree. Goes when the repacked kernel takes any shape (bitsandbytes, nn/modules.py, Linear4bit).
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def restore_adapter_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Undo SFTTrainer's cast of a quantised model's trainable weights to bf16, whatever precision was asked for.
+
+    Cards without bf16 need fp32 adapters (see `qlora.precision`). TRL 1.14 to 1.16, `SFTTrainer.__init__`; goes when the
+    constructor looks at `args.bf16` (https://github.com/huggingface/peft/issues/2889 is the cause that TRL names).
+    Must run before the optimizer is made. Values lose nothing that matters: B is zero, and A is random.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def quieten_libraries() -> None:
+    """Leave the terminal to our own lines: libraries' progress bars, advice and notices are off unless --debug is given.
+
+    Errors still come through, as exceptions.
+    """
+    import logging
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    for name in ("bitsandbytes", "accelerate", "peft", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")

@@ -1,0 +1,64 @@
+"""Every error the program raises on purpose, in one tree.
+
+A message says what was set or found and why it cannot work, then what to change. Users' mistakes are one of these (the
+command line prints them without a traceback and exits with `exit_code`); mistakes of the program are assertions.
+Each class is also the standard-library error that a script would expect to catch.
+"""
+
+
+class QloraError(Exception):
+    """Base of the tree.
+
+    Args:
+        problem: what was set or found, and why it cannot work.
+        fix: the edit or command that helps; printed on its own line.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problem: str, fix: str = ""):
+        self.problem = problem
+        self.fix = fix
+        super().__init__(f"{problem}\n{fix}" if fix else problem)
+
+
+class RecipeError(QloraError, ValueError):
+    """A recipe, or a value given on the command line, that cannot be used."""
+
+
+class DataError(QloraError, ValueError):
+    """Rows that cannot be read, or that hold nothing to train on."""
+
+
+class ModelError(QloraError, ValueError):
+    """A model, configuration or tokenizer that cannot be found or built."""
+
+
+class HardwareError(QloraError, RuntimeError):
+    """A device that is asked for but not there, or too small."""
+
+
+class OutputError(QloraError, OSError):
+    """A run folder that cannot be written."""
+
+
+class VerificationError(QloraError, RuntimeError):
+    """What was built differs from what was planned. Nothing has been trained when this is raised."""
+
+
+class DivergedError(QloraError, ArithmeticError):
+    """A loss or gradient that is not finite. Raised before the optimizer step, so the weights are the last good ones."""
+
+    exit_code = 4
+
+
+class PushError(QloraError, OSError):
+    """The run is finished and on disk, but did not reach the Hub."""
+
+    exit_code = 3
+
+
+class InterruptedRun(QloraError):
+    """The user stopped the run."""
+
+    exit_code = 130

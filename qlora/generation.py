@@ -1,0 +1,69 @@
+"""Answers by greedy decoding, in batches padded on the left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokens of prompts and answers in one batch: 4,096 take 0.5 GiB of cache on an 8B model.
+_TOKENS_PER_BATCH = 4096
+_MAX_ROWS_PER_BATCH = 32
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """The text that the model writes after each prompt (token ids), without special tokens, in the order of `prompts`.
+
+    Greedy, so that the same weights give the same answers. Stops at any of `stop_ids` or after `max_new_tokens`.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
+        eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id,
+    )
+    answers = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    done = 0
+    with torch.no_grad():
+        for batch in _batches(prompts, max_new_tokens):
+            width = max(len(prompts[i]) for i in batch)
+            ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+            mask = torch.zeros((len(batch), width), dtype=torch.long)
+            for row, i in enumerate(batch):
+                ids[row, width - len(prompts[i]):] = torch.tensor(prompts[i])
+                mask[row, width - len(prompts[i]):] = 1
+            out = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            )
+            for row, i in enumerate(batch):
+                answers[i] = tokenizer.decode(out[row, width:], skip_special_tokens=True).strip()
+            done += len(batch)
+            if progress:
+                progress(done, len(prompts))
+    model.train(was_training)
+    return answers
+
+
+def _batches(prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Indices grouped so that prompts of like length share a batch and none exceeds the token limit."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True):
+        room = _TOKENS_PER_BATCH // (len(prompts[batches[-1][0]]) + max_new_tokens) if batches else 0
+        if batches and len(batches[-1]) < min(room, _MAX_ROWS_PER_BATCH):
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

@@ -1,0 +1,233 @@
+"""Build the frozen 4-bit base and its tokenizer: from a folder, from the Hub, or with random weights from a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora import _compat
+from qlora.errors import ModelError
+from qlora.hardware import Device
+from qlora.precision import Precision, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+TINY = "builtin:tiny"
+
+
+def locate_base(base: str, progress: Any = None) -> str:
+    """The folder of the embedded base, built at the first call; any other name unchanged.
+
+    Raises:
+        ModelError: an unknown builtin.
+    """
+    if base == TINY:
+        from qlora.model.tiny import tiny_folder
+
+        return str(tiny_folder(progress))
+    if base.startswith("builtin:"):
+        raise ModelError(f"There is no built-in model {base!r}.", f"The one that ships with the program is {TINY}.")
+    return base
+
+
+def load_tokenizer(
+    base: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a located base.
+
+    Raises:
+        ModelError: it is not there, is gated, or cannot be reached.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _explain(error, base, "tokenizer") from error
+
+
+def quantisation(precision: Precision) -> BitsAndBytesConfig:
+    """NF4 with double quantisation (QLoRA, https://arxiv.org/abs/2305.14314, section 3): 4.127 bits a weight."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch_dtype(precision.compute),
+    )
+
+
+def build_base(
+    base: str,
+    config: PreTrainedConfig,
+    *,
+    device: Device,
+    precision: Precision,
+    weights: str = "pretrained",
+    attention: str = "sdpa",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """The base on its device: projections in NF4, all else in the 16-bit compute type, nothing trainable.
+
+    Weights are read from safetensors only. `weights="random"` builds from `config` alone through the same loader, one
+    tensor at a time, for benchmarks and tests.
+
+    Raises:
+        ModelError: weights that are missing, gated, unreachable, pickled, or quantised in another way.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings: dict[str, Any] = dict(
+        config=config, dtype=torch_dtype(precision.compute), device_map={"": device.torch_name},
+        attn_implementation=attention, quantization_config=quantisation(precision),
+    )
+    prequantised = getattr(config, "quantization_config", None)
+    if prequantised is not None:
+        _refuse_other_quantisation(base, prequantised)
+        settings.pop("quantization_config")
+    try:
+        if weights == "random":
+            skeleton = _skeleton(config, precision)
+            model = type(skeleton).from_pretrained(None, state_dict=_random_weights(skeleton, precision, seed), **settings)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                base, revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True, **settings
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _explain(error, base, "weights") from error
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    _compat.use_plain_cpu_kernels(model)
+    model.config.use_cache = False  # the cache is for generation, which asks for it itself
+    return model
+
+
+def fingerprint_base(model: torch.nn.Module) -> str:
+    """A digest over every frozen number of the model, quantisation state included: equal before and after training.
+
+    Sums of the bytes, taken as integers and weighted by position modulo 2**64, are made on the device, so that checking
+    an 8B base takes seconds and 32 MiB of memory.
+    """
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_frozen_tensors(model)):
+        digest.update(f"{name}:{_weighted_sum(tensor)}".encode())
+    return digest.hexdigest()
+
+
+# --- details -----------------------------------------------------------------------------------------------------------
+
+
+def _frozen_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    found = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or "lora_" in name:
+            continue
+        found.append((name, parameter.data))
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            # The scales live beside the parameter, not in it; a changed scale is a changed weight.
+            parts = state.as_dict(packed=True)
+            found += [(f"{name}.{key}", value) for key, value in parts.items() if hasattr(value, "data_ptr")]
+    return found
+
+
+def _weighted_sum(tensor: torch.Tensor) -> int:
+    import torch
+
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    total = 0
+    for start in range(0, raw.numel(), 2**24):
+        chunk = raw[start : start + 2**24]
+        if chunk.numel() % 8:
+            chunk = torch.nn.functional.pad(chunk, (0, 8 - chunk.numel() % 8))
+        words = chunk.view(torch.int64)
+        # Odd weights are invertible modulo 2**64: no single changed word can leave the sum as it was.
+        weights = torch.arange(start, start + words.numel(), device=words.device, dtype=torch.int64) * 2 + 1
+        total = (total * 31 + int((words * weights).sum())) % 2**64
+    return total
+
+
+def _skeleton(config: PreTrainedConfig, precision: Precision) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch_dtype(precision.compute))
+
+
+def _random_weights(skeleton: PreTrainedModel, precision: Precision, seed: int) -> dict[str, torch.Tensor]:
+    """A state dict of matrices that takes 8 MiB however large the model is: each is a view into one buffer of noise.
+
+    Rows of a matrix larger than the buffer overlap, shifted; that is random enough for timing and memory. Norms and
+    biases are left out, and the loader gives them their usual start.
+    """
+    import torch
+
+    size = 2**22
+    std = getattr(skeleton.config, "initializer_range", None) or 0.02
+    noise = torch.randn(size, generator=torch.Generator().manual_seed(seed)).mul_(std).to(torch_dtype(precision.compute))
+    weights = {}
+    for name, parameter in skeleton.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        columns = parameter.shape[-1]
+        rows = parameter.numel() // columns
+        if columns > size:
+            raise ModelError(f"{name} has rows of {columns:,} numbers; random weights go up to {size:,}.")
+        step = max(1, min(columns, (size - columns) // rows))
+        strides = [step]
+        for extent in reversed(parameter.shape[1:-1]):
+            strides.insert(0, strides[0] * extent)
+        weights[name] = noise.as_strided(tuple(parameter.shape), (*strides, 1))
+    return weights
+
+
+def _refuse_other_quantisation(base: str, found: Any) -> None:
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    four_bit = found.get("load_in_4bit") if isinstance(found, dict) else getattr(found, "load_in_4bit", False)
+    if str(getattr(method, "value", method)) != "bitsandbytes" or not four_bit:
+        raise ModelError(
+            f"{base} is already quantised ({method}); adapters are trained on a 16-bit model that is quantised to NF4 here, "
+            "or on one that bitsandbytes stored in 4 bits.",
+            "Name the original 16-bit model as model.base.",
+        )
+
+
+def _explain(error: Exception, base: str, what: str) -> ModelError:
+    """One sentence for the ways in which a model cannot be had."""
+    text = str(error)
+    local = Path(base).expanduser()
+    if local.is_dir():
+        pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in local.glob(pattern)]
+        if what == "weights" and pickled and not any(local.glob("*.safetensors")):
+            return ModelError(
+                f"{base} holds its weights as pickle ({', '.join(sorted(pickled)[:3])}), which can run code when loaded.",
+                "Convert them once, on a machine you trust: "
+                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).",
+            )
+        return ModelError(f"The {what} in {base} cannot be loaded: {_first_line(text)}",
+                          "The folder needs config.json, *.safetensors and the tokenizer's files.")
+    lowered = text.lower()
+    if "gated" in lowered or "401" in text or "403" in text:
+        return ModelError(f"{base} is gated or private on the Hub.",
+                          f"Accept its licence at https://huggingface.co/{base}, then run `hf auth login`.")
+    if "offline" in lowered or "connect" in lowered or "resolve" in lowered or "couldn't reach" in lowered:
+        return ModelError(f"The {what} of {base} are not in the local cache, and the Hub cannot be reached.",
+                          "Connect once, or name a folder that holds the model.")
+    if "trust_remote_code" in text:
+        return ModelError(f"{base} comes with Python code of its own, which is not run by default.",
+                          "Read that code; if you trust it, set model.trust_remote_code: true.")
+    return ModelError(f"The {what} of {base} cannot be loaded: {_first_line(text)}",
+                      "Check model.base; it is a Hub id, a folder, or builtin:tiny.")
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:300] if lines else "no reason given."

@@ -1,0 +1,1 @@
+"""What will run and why: every `auto` becomes a value with a reason."""

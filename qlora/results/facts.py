@@ -1,0 +1,279 @@
+"""Everything a report says, as plain data: it goes to report.json and comes back equal."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora.data import Finding, LengthStats
+from qlora.evaluation import Evaluation
+from qlora.hardware import Device
+from qlora.planning.plan import Decision
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+# A smaller change of the loss than this share is called no change.
+_CLEAR_CHANGE = 0.01
+# With fewer held-out rows than this, a verdict says that it is rough.
+_FEW_ROWS = 30
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt, the answer in the data, and the model's greedy answer before and after training."""
+
+    prompt: str
+    reference: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The base and its adapters. `base` is what the user wrote; `revision` the commit that was loaded, if known.
+
+    `quantised_parameters` are the base's weights held in 4 bits, in `num_4bit_modules` layers.
+    """
+
+    base: str
+    revision: str | None
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_parameters: int
+    quantised_parameters: int
+    num_4bit_modules: int
+    num_adapted_modules: int
+    trainable_parameters: int
+
+    @property
+    def trainable_share(self) -> float:
+        """Trainable parameters as a share of the base's."""
+        return self.trainable_parameters / self.num_parameters
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The rows. `num_rows` were read, before any was dropped; lengths are in tokens, before anything was cut."""
+
+    files: tuple[str, ...]
+    sha256: str
+    format: str
+    num_rows: int
+    num_train: int
+    num_validation: int
+    max_length: int
+    lengths: LengthStats
+    num_truncated: int = 0
+    num_answer_lost: int = 0
+    num_fully_masked: int = 0
+    num_duplicates: int = 0
+    num_bad_rows: int = 0
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What the loop did. `trained_tokens` are those that the loss counts; `tokens_per_second` is over all tokens."""
+
+    num_steps: int
+    epochs: float
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A finished run.
+
+    Args:
+        name: the recipe's name.
+        folder: the run folder, as the user would write it; `adapter` and the plots are relative to it.
+        command: the command line that runs it again.
+        finished_at: ISO 8601.
+        before, after: the held-out rows; None where there were none.
+        peak_bytes: of the device's memory: reserved by torch on a GPU, resident in RAM on a CPU.
+        budget_bytes: what the run was allowed.
+        seconds: duration of each phase, in order.
+        settings: every setting by its dotted name.
+        versions: of Python and the libraries.
+        notes: remarks and warnings for the user, one line each.
+    """
+
+    name: str
+    folder: str
+    command: str
+    finished_at: str
+    before: Evaluation | None
+    after: Evaluation | None
+    samples: tuple[Sample, ...]
+    model: ModelFacts
+    data: DataFacts
+    training: TrainingFacts
+    peak_bytes: int
+    budget_bytes: int
+    seconds: dict[str, float]
+    settings: dict[str, Decision]
+    device: Device
+    versions: dict[str, str]
+    adapter: str = "adapter"
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def total_seconds(self) -> float:
+        """All phases together."""
+        return sum(self.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as report.json holds it, in JSON's own types. Numbers that are not finite become "NaN" or "Infinity"."""
+        document = _plain(_adapter().dump_python(self))
+        for name in ("before", "after"):
+            found = getattr(self, name)
+            if found is not None:
+                document[name] = _plain(found.to_json())
+        return document
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> RunSummary:
+        """The summary that `to_json` wrote; the answers of `before` and `after` are only in `samples`.
+
+        Raises:
+            pydantic.ValidationError: a field is missing or of another type.
+        """
+        return _adapter().validate_python(dict(document))
+
+
+@lru_cache(maxsize=1)
+def _adapter() -> TypeAdapter[RunSummary]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RunSummary)
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, and text for numbers that JSON has no way to write."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+# --- what the figures say ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measure on the held-out rows, ready to print. `outcome` is "better", "worse" or "same"."""
+
+    measure: str
+    before: str
+    after: str
+    good_direction: str
+    outcome: str
+
+
+def scores(summary: RunSummary) -> list[Score]:
+    """Loss, perplexity and exact match before and after; empty without held-out rows."""
+    before, after = summary.before, summary.after
+    if before is None or after is None:
+        return []
+    rows = [
+        _score("loss", before.loss, after.loss, "{:.3f}", lower=True),
+        _score("perplexity", before.perplexity, after.perplexity, "{:,.2f}", lower=True),
+    ]
+    if before.exact_match is not None and after.exact_match is not None:
+        rows.append(_score("exact match", before.exact_match * 100, after.exact_match * 100, "{:.1f} %", lower=False))
+    return rows
+
+
+def _score(measure: str, before: float, after: float, style: str, *, lower: bool) -> Score:
+    shown_before, shown_after = style.format(before), style.format(after)
+    if shown_before == shown_after:
+        outcome = "same"
+    else:
+        outcome = "better" if (after < before) == lower and math.isfinite(after) else "worse"
+    return Score(measure, shown_before, shown_after, "lower is better" if lower else "higher is better", outcome)
+
+
+def verdict(summary: RunSummary) -> str:
+    """What came of the run, in plain words."""
+    before, after, num_rows = summary.before, summary.after, summary.data.num_validation
+    if before is None or after is None:
+        return ("There were no held-out rows, so nothing tells whether the model got better. Set data.validation to a share "
+                "such as 0.1, or to a file.")
+    if not math.isfinite(after.loss):
+        return "After training, the loss on held-out rows is not a finite number. Do not use this adapter."
+    change = f"the loss went from {before.loss:.3f} to {after.loss:.3f}"
+    if after.loss < before.loss * (1 - _CLEAR_CHANGE):
+        text = f"The model got better: on {_rows(num_rows)} that it never saw, {change}"
+    elif after.loss > before.loss * (1 + _CLEAR_CHANGE):
+        text = f"The model got worse: on {_rows(num_rows)} that it never saw, {change}"
+    else:
+        text = f"No clear change: on {_rows(num_rows)} that the model never saw, {change}"
+    if before.exact_match is not None and after.exact_match is not None and after.num_answers:
+        matches = [round(found.exact_match * found.num_answers) for found in (before, after)]
+        text += f", and {matches[1]} of {after.num_answers} answers match word for word ({matches[0]} before)"
+    if num_rows < _FEW_ROWS:
+        text += f". {_rows(num_rows).capitalize()} are few, so take this as a rough measure"
+    return f"{text}."
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
+
+
+# --- paths -------------------------------------------------------------------------------------------------------------
+
+
+def without_private_paths(summary: RunSummary, folder: Path) -> RunSummary:
+    """The summary as it may be shared: paths relative to the run folder, and nothing that names the user's home.
+
+    The command and the samples stay as they are: the user wrote the one, the data and the model the other.
+    """
+    settings = {
+        key: replace(decision, value=shown_path(decision.value, folder), reason=_without_home(decision.reason))
+        for key, decision in summary.settings.items()
+    }
+    data = replace(
+        summary.data,
+        files=tuple(shown_path(file, folder) for file in summary.data.files),
+        findings=tuple(replace(f, text=_without_home(f.text), fix=_without_home(f.fix)) for f in summary.data.findings),
+    )
+    return replace(
+        summary, settings=settings, data=data, folder=_without_home(summary.folder),
+        model=replace(summary.model, base=shown_path(summary.model.base, folder)),
+        adapter=shown_path(summary.adapter, folder), notes=tuple(_without_home(note) for note in summary.notes),
+    )
+
+
+def shown_path(value: Any, folder: Path) -> Any:
+    """An absolute path relative to `folder`, with `~` for the home folder where they have nothing in common.
+
+    Anything else (a Hub id, a number) comes back as it is.
+    """
+    if not isinstance(value, str) or not os.path.isabs(value):
+        return value
+    home, start = Path.home(), Path(os.path.abspath(folder))
+    try:
+        shared = Path(os.path.commonpath([value, start]))
+    except ValueError:  # two drives of Windows
+        return _without_home(value)
+    if shared == Path(shared.anchor) or shared in home.parents:
+        return _without_home(value)
+    return Path(os.path.relpath(value, start)).as_posix()
+
+
+def _without_home(text: str) -> str:
+    home = str(Path.home())
+    return text if home == Path(home).anchor else text.replace(home + os.sep, "~/")

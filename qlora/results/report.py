@@ -1,0 +1,292 @@
+"""report.md and report.json: what was trained, on what, how it went and how to use it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import OutputError
+from qlora.evaluation import Evaluation
+from qlora.results.facts import (
+    DataFacts,
+    ModelFacts,
+    RunSummary,
+    Sample,
+    TrainingFacts,
+    scores,
+    verdict,
+    without_private_paths,
+)
+from qlora.units import format_bytes, format_count, format_seconds
+
+__all__ = [
+    "DataFacts", "ModelFacts", "RunSummary", "Sample", "TrainingFacts", "load_report", "render_markdown",
+    "reproduce_command", "write_report",
+]
+
+_PLOTS = {
+    "loss.png": "Loss on training and held-out rows",
+    "learning_rate.png": "Learning rate",
+    "grad_norm.png": "Gradient norm",
+    "lengths.png": "Length of the rows",
+}
+# Longer samples are cut: a report is for reading, and metrics rest on the whole answers anyway.
+_MAX_SAMPLE_CHARACTERS = 1500
+_TORCH_NAMES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
+
+
+def write_report(summary: RunSummary, folder: Path) -> Path:
+    """Write report.json and report.md into the run folder; return the path of report.md.
+
+    Plots that are in `folder`/plots are shown. Paths are made relative and the user's home is not named, see
+    `qlora.results.facts.without_private_paths`.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    shared = without_private_paths(summary, folder)
+    document = json.dumps(shared.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    plots = [name for name in _PLOTS if (folder / "plots" / name).is_file()]
+    report = folder / "report.md"
+    try:
+        (folder / "report.json").write_text(document + "\n", encoding="utf-8")
+        report.write_text(render_markdown(shared, plots), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"The report cannot be written to {folder}: {error.strerror}.",
+                          "Free space there or make it writable; the adapter is saved already.") from error
+    return report
+
+
+def load_report(folder: Path) -> RunSummary:
+    """The summary in a run folder's report.json.
+
+    Raises:
+        OutputError: there is none, or it is not one of ours.
+    """
+    path = folder / "report.json"
+    try:
+        return RunSummary.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+        raise OutputError(f"{path} cannot be read as a report: {str(error).splitlines()[0]}.",
+                          "Name the folder of a finished run.") from error
+
+
+def reproduce_command(recipe: str | None, overrides: Sequence[str] = ()) -> str:
+    """The command line that runs a recipe again, quoted for a shell; empty for a recipe that was built in Python."""
+    return shlex.join(["qlora", "train", recipe, *overrides]) if recipe else ""
+
+
+def render_markdown(summary: RunSummary, plots: Iterable[str] = ()) -> str:
+    """The report as text; `plots` are file names in plots/."""
+    plots = set(plots)
+
+    def pictures(*names: str) -> list[str]:
+        return [f"![{_PLOTS[name]}](plots/{name})" for name in names if name in plots]
+
+    parts = [
+        f"# {escape(summary.name)}", f"**{escape(verdict(summary))}**",
+        *_scores(summary), *pictures("loss.png"), *_samples(summary.samples),
+        "## What it took", *_cost(summary),
+        "## Model", *_model(summary.model),
+        "## Data", *_data(summary.data), *pictures("lengths.png"),
+        "## Settings", *_settings(summary), *pictures("learning_rate.png", "grad_norm.png"),
+        "## Machine", *_machine(summary),
+        "## Use the adapter", *_usage(summary),
+        "## Run it again", *_again(summary),
+    ]
+    if summary.notes:
+        parts += ["## Notes", "\n".join(f"- {escape(note)}" for note in summary.notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+# --- the sections ------------------------------------------------------------------------------------------------------
+
+
+def _scores(summary: RunSummary) -> list[str]:
+    rows = [(s.measure, s.before, s.after, f"{s.outcome} ({s.good_direction})") for s in scores(summary)]
+    if not rows:
+        return []
+    measured = [_basis(name, found) for name, found in (("before", summary.before), ("after", summary.after))]
+    return [
+        table(("on held-out rows", "before", "after", ""), rows),
+        f"Loss is in nats per trained token, perplexity its exponential. Measured {' and '.join(measured)}.",
+    ]
+
+
+def _basis(name: str, found: Evaluation | None) -> str:
+    return f"{name} on {found.num_tokens:,} tokens and {found.num_answers:,} answers" if found else ""
+
+
+def _samples(samples: Sequence[Sample]) -> list[str]:
+    parts = ["## Answers to held-out prompts"] if samples else []
+    for i, sample in enumerate(samples, 1):
+        texts = (("prompt", sample.prompt), ("in the data", sample.reference), ("before", sample.before), ("after", sample.after))
+        parts.append(table((f"{i}", ""), [(name, escape(_cut(text)) or "*(empty)*") for name, text in texts]))
+    return parts
+
+
+def _cost(summary: RunSummary) -> list[str]:
+    training, model = summary.training, summary.model
+    device = "RAM" if summary.device.kind == "cpu" else escape(summary.device.name)
+    rows = [
+        ("peak memory", f"{_exact_bytes(summary.peak_bytes)} of {device}; budget {_exact_bytes(summary.budget_bytes)}"),
+        ("trainable parameters", f"{model.trainable_parameters:,}, {model.trainable_share:.3%} of the base's"),
+        ("steps", f"{training.num_steps:,}, {training.epochs:g} epochs"),
+        ("tokens", f"{training.tokens:,}, of which {training.trained_tokens:,} count in the loss"),
+        ("speed", f"{training.tokens_per_second:,.1f} tokens/s"),
+        ("time", format_seconds(summary.total_seconds)),
+        *((f"&nbsp;&nbsp;{escape(phase)}", format_seconds(seconds)) for phase, seconds in summary.seconds.items()),
+        ("finished", escape(summary.finished_at)),
+    ]
+    return [table(("", ""), rows)]
+
+
+def _model(model: ModelFacts) -> list[str]:
+    rows = [
+        ("base", escape(model.base)),
+        ("revision", escape(model.revision or "not known")),
+        ("architecture", f"{escape(model.model_type)}: {model.num_layers:,} layers, hidden size {model.hidden_size:,}, "
+                         f"vocabulary {model.vocab_size:,}"),
+        ("parameters", f"{model.num_parameters:,} ({format_count(model.num_parameters)})"),
+        ("in 4 bits", f"{model.quantised_parameters:,} in {model.num_4bit_modules:,} layers"),
+        ("adapted", f"{model.num_adapted_modules:,} layers"),
+    ]
+    return [table(("", ""), rows)]
+
+
+def _data(data: DataFacts) -> list[str]:
+    lengths = data.lengths
+    rows = [
+        ("files", "<br>".join(escape(file) for file in data.files)),
+        ("sha256", data.sha256),
+        ("format", escape(data.format)),
+        ("rows", f"{data.num_rows:,} read; {data.num_train:,} to train on, {data.num_validation:,} held out"),
+        ("tokens in a row", f"p50 {lengths.p50:,.0f}, p95 {lengths.p95:,.0f}, p99 {lengths.p99:,.0f}, "
+                            f"longest {lengths.max:,.0f}, mean {lengths.mean:,.1f}; cut at {data.max_length:,}"),
+        ("cut", f"{data.num_truncated:,} rows"),
+        ("left out", f"{data.num_answer_lost:,} lost their answer to the cut, {data.num_fully_masked:,} have nothing to train "
+                     f"on, {data.num_bad_rows:,} could not be read"),
+        ("duplicates", f"{data.num_duplicates:,} rows"),
+    ]
+    parts = [table(("", ""), rows)]
+    if data.findings:
+        parts.append("\n".join(f"- **{escape(f.level)}**: {escape(' '.join((f.text, f.fix)).strip())}" for f in data.findings))
+    return parts
+
+
+def _settings(summary: RunSummary) -> list[str]:
+    rows = [(f"`{key}`", escape(shown_value(decision.value)), decision.source, escape(decision.reason))
+            for key, decision in summary.settings.items()]
+    return [table(("setting", "value", "source", "why"), rows)]
+
+
+def _machine(summary: RunSummary) -> list[str]:
+    device = summary.device
+    arithmetic = "bf16" if device.has_bf16 else "no bf16"
+    if device.capability is not None:
+        arithmetic += f", compute capability {'.'.join(map(str, device.capability))}"
+    rows = [
+        ("device", f"{escape(device.name)} ({escape(device.kind)}), {arithmetic}"),
+        ("its memory", f"{format_bytes(device.memory_bytes)}, {format_bytes(device.free_bytes)} free at the start"),
+        ("host", f"{format_bytes(device.host_bytes)} RAM, {format_bytes(device.host_free_bytes)} free at the start, "
+                 f"{device.num_threads:,} threads"),
+        *((escape(name), escape(version)) for name, version in summary.versions.items()),
+    ]
+    return [table(("", ""), rows)]
+
+
+def _usage(summary: RunSummary) -> list[str]:
+    base, adapter = summary.model.base, summary.adapter
+    decision = summary.settings.get("model.dtype")
+    dtype = _TORCH_NAMES.get(str(decision.value) if decision else "", "torch.bfloat16")
+    source = json.dumps(base, ensure_ascii=False)
+    lines = ["import torch", "from peft import PeftModel",
+             "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"]
+    if base == "builtin:tiny":
+        lines.append("from qlora.model.tiny import tiny_folder  # the one base that comes from a program, not from the Hub")
+        source = "str(tiny_folder())"
+    revision = f", revision={json.dumps(summary.model.revision)}" if summary.model.revision and base != "builtin:tiny" else ""
+    lines += [
+        "",
+        "four_bits = BitsAndBytesConfig(",
+        '    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,',
+        f"    bnb_4bit_compute_dtype={dtype},",
+        ")",
+        f"base = AutoModelForCausalLM.from_pretrained({source}{revision}, quantization_config=four_bits, dtype={dtype})",
+        f"model = PeftModel.from_pretrained(base, {json.dumps(adapter, ensure_ascii=False)})",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(adapter, ensure_ascii=False)})",
+    ]
+    return [
+        f"The adapter is in [{escape(adapter)}/]({adapter}/). It is a plain PEFT adapter; run this in the run folder:",
+        _fenced("\n".join(lines), "python"),
+    ]
+
+
+def _again(summary: RunSummary) -> list[str]:
+    sentence = "The same seed, rows (sha256 above) and library versions give the same run on the same machine."
+    if not summary.command:
+        return [f"The recipe was built in Python; resolved.json holds every value. {sentence}"]
+    return [_fenced(summary.command, "sh"), f"resolved.json holds every value. {sentence}"]
+
+
+# --- Markdown ----------------------------------------------------------------------------------------------------------
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; cells must be escaped already."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def escape(text: str) -> str:
+    """Any text as the content of one Markdown line or table cell, showing exactly what it says.
+
+    Punctuation that Markdown or HTML would act on is escaped, line ends become <br>, leading spaces stay visible, and
+    control characters (a model may write any) become U+FFFD.
+    """
+    lines = []
+    for line in text.replace("\r\n", "\n").replace("\r", "\n").replace("\t", "    ").split("\n"):
+        body = line.lstrip(" ")
+        shown = "".join(_escaped(character) for character in body)
+        lines.append("&nbsp;" * (len(line) - len(body)) + shown)
+    return "<br>".join(lines)
+
+
+def _escaped(character: str) -> str:
+    if character == "|":
+        return "&#124;"  # a backslash before it means different things to different renderers of tables
+    if character in "\\`*_{}[]<>#~&!$@":
+        return f"\\{character}"
+    return character if character.isprintable() else "\ufffd"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SAMPLE_CHARACTERS else text[:_MAX_SAMPLE_CHARACTERS] + " …"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks within it."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def shown_value(value: Any) -> str:
+    """A setting's value as a recipe would write it."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(shown_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {shown_value(item)}' for key, item in value.items())}}}"
+    return str(value)
+
+
+def _exact_bytes(size_bytes: int) -> str:
+    return f"{format_bytes(size_bytes)} ({size_bytes:,} bytes)"

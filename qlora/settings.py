@@ -1,0 +1,242 @@
+"""Every setting of a recipe, declared once.
+
+The declaration feeds the checks, the error messages, `qlora train --help` and the table in recipes/README.md. A value
+that a person leaves out is `auto` or a plain default; `qlora.planning.choose` turns every `auto` into a value with a
+reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from qlora.units import parse_size
+
+
+def _no_bool(value: Any) -> Any:
+    """Python counts True as 1; a recipe that says `epochs: yes` has a mistake in it."""
+    if isinstance(value, bool):
+        raise ValueError("not a number")
+    return value
+
+
+_PositiveInt = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+_CountInt = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+_PositiveFloat = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
+_Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1, allow_inf_nan=False)]
+_Auto = Literal["auto"]
+
+
+def _setting(default: Any, help: str, expects: str, *, path: bool = False) -> Any:
+    """One setting: its default, what it does, and the values it takes (the words used in help and in errors).
+
+    `path=True` marks a value that may be a file or folder, written relative to the recipe that names it.
+    """
+    return Field(default, description=help, json_schema_extra={"expects": expects, "path": path})
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The frozen base."""
+
+    base: str = _setting(
+        ..., "The model to adapt.", "a Hub id, a folder with config.json, or builtin:tiny", path=True
+    )
+    revision: str | None = _setting(None, "Branch, tag or commit of a Hub model.", "text")
+    weights: Literal["pretrained", "random"] = _setting(
+        "pretrained", "`random` builds the model from its config alone, for benchmarks and tests.", "pretrained or random"
+    )
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = _setting(
+        "auto", "Type of computation and of the adapters. Lower = less memory.", "auto, bf16, fp16 or fp32"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = _setting(
+        "auto", "Attention implementation. eager stores length x length scores.", "auto, sdpa, eager or flash_attention_2"
+    )
+    trust_remote_code: bool = _setting(
+        False, "Run Python code that comes with the model. Only for models whose code you have read.", "true or false"
+    )
+
+
+class DataSection(Section):
+    """The rows to learn from."""
+
+    path: str = _setting(
+        ..., "Rows to train on.", "a .jsonl, .json, .csv or .parquet file, a folder of them, or a Hub id", path=True
+    )
+    split: str = _setting("train", "Split of a Hub data set.", "text")
+    format: Literal[
+        "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "question_answer", "text"
+    ] = _setting(
+        "auto",
+        "Shape of a row; auto looks at the columns.",
+        "auto, messages, prompt_completion, alpaca, sharegpt, question_answer or text",
+    )
+    columns: dict[str, str] = _setting(
+        {}, "Your column for a field of the format, for example {question: Q, answer: A}.", "a mapping of field: column"
+    )
+    validation: _Auto | _Fraction | str = _setting(
+        "auto",
+        "Held-out rows: a share of the data, or a file of their own. auto = 5 %, at least 8 and at most 256 rows.",
+        "auto, a share from 0 up to (not including) 1, or a file",
+        path=True,
+    )
+    max_rows: _PositiveInt | None = _setting(None, "Use only so many rows, drawn with the seed.", "a whole number from 1")
+    max_length: _Auto | _PositiveInt = _setting(
+        "auto",
+        "Longest row in tokens; the rest is cut. Higher = more memory. auto = the longest row, at most 2048.",
+        "auto or a whole number of tokens from 1",
+    )
+    chat_template: str | None = _setting(
+        None, "Instead of the tokenizer's own.", "chatml, plain, or a .jinja file", path=True
+    )
+    train_on: Literal["answers", "all"] = _setting(
+        "answers", "Which tokens the loss counts: the assistant's answers, or every token.", "answers or all"
+    )
+    packing: bool = _setting(
+        False, "Put several short rows into one sequence; rows never see each other. Faster on short rows.", "true or false"
+    )
+    on_bad_row: Literal["error", "skip"] = _setting(
+        "error", "A row that cannot be read stops the run, or is skipped and counted.", "error or skip"
+    )
+
+
+class LoraSection(Section):
+    """The trainable adapters."""
+
+    r: _Auto | _PositiveInt = _setting(
+        "auto", "Rank. Higher = more capacity, a little more memory.", "auto or a whole number from 1"
+    )
+    alpha: _Auto | _PositiveFloat | Literal["conservative", "standard", "aggressive"] = _setting(
+        "auto",
+        "Scale of the adapters is alpha / r. auto = conservative = r; standard = 2r; aggressive = 4r.",
+        "auto, conservative, standard, aggressive or a number above 0",
+    )
+    targets: Literal["all", "attention", "qv"] | list[str] = _setting(
+        "all",
+        "Projections that get an adapter. `qlora inspect MODEL` lists the names.",
+        "all, attention, qv or a list of projection names",
+    )
+    dropout: _Fraction = _setting(
+        0.0, "Dropout on the adapters' input. Above 0 costs activation memory.", "a number from 0 up to (not including) 1"
+    )
+
+
+class TrainSection(Section):
+    """The training loop."""
+
+    epochs: _PositiveFloat = _setting(1.0, "Passes over the data.", "a number above 0")
+    max_steps: _PositiveInt | None = _setting(None, "Stop after so many optimizer steps.", "a whole number from 1")
+    batch: _Auto | _PositiveInt = _setting(
+        "auto", "Rows per optimizer step = micro_batch x accumulation. auto = 16, fewer for little data.",
+        "auto or a whole number from 1",
+    )
+    micro_batch: _Auto | _PositiveInt = _setting(
+        "auto", "Rows on the device at once. Higher = faster, more memory.", "auto or a whole number from 1"
+    )
+    accumulation: _Auto | _PositiveInt = _setting(
+        "auto", "Micro-batches per optimizer step.", "auto or a whole number from 1"
+    )
+    learning_rate: _Auto | _PositiveFloat = _setting(
+        "auto", "Peak learning rate. auto aims at 2e-4 x r / alpha.", "auto or a number above 0"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = _setting(
+        "cosine", "How the learning rate falls after the warm-up.", "cosine, linear or constant"
+    )
+    warmup: _Fraction = _setting(
+        0.03, "Share of the steps in which the learning rate rises.", "a number from 0 up to (not including) 1"
+    )
+    weight_decay: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = _setting(
+        0.0, "AdamW's weight decay on the adapters.", "a number from 0"
+    )
+    max_grad_norm: _PositiveFloat = _setting(1.0, "Gradients are scaled down to this norm.", "a number above 0")
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = _setting(
+        "auto", "8-bit state takes a quarter of the room; paged state can leave a GPU.",
+        "auto, adamw, adamw_8bit or paged_adamw_8bit",
+    )
+    seed: _CountInt = _setting(42, "Seed of the split, the order, the adapters and dropout.", "a whole number from 0")
+    eval_every: _Auto | _CountInt = _setting(
+        "auto", "Steps between evaluations; 0 = only before and after. auto = five times a run.",
+        "auto or a whole number of steps from 0",
+    )
+    save_every: _Auto | _CountInt = _setting(
+        "auto", "Steps between checkpoints; 0 = none. auto = at each evaluation.", "auto or a whole number of steps from 0"
+    )
+    keep: Literal["best", "last"] = _setting(
+        "best", "The adapter that is kept: lowest validation loss, or the last step's.", "best or last"
+    )
+    sample_rows: _CountInt = _setting(
+        64, "Held-out rows answered before and after training, for exact match. 0 = none.", "a whole number from 0"
+    )
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = _setting(
+        [], "Trackers to send metrics to, if installed.", "a list of tensorboard, trackio, wandb"
+    )
+
+
+class MemorySection(Section):
+    """Where the run happens and how much room it has."""
+
+    device: Literal["auto", "cuda", "cpu"] = _setting(
+        "auto", "auto = the GPU if there is one.", "auto, cuda or cpu"
+    )
+    budget: str = _setting(
+        "auto", "Memory the run may take. On a GPU it is enforced. auto = all of the device.", 'auto or a size such as "8GB"'
+    )
+    checkpointing: Literal["auto"] | bool = _setting(
+        "auto", "Recompute activations in the backward pass: about a third slower, far less memory. auto = on for GPUs.",
+        "auto, true or false",
+    )
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_has_a_unit(cls, value: str) -> str:
+        if value != "auto":
+            parse_size(value)
+        return value
+
+
+class OutputSection(Section):
+    """What is left behind."""
+
+    dir: str = _setting("auto", "Run folder. auto = runs/<name of the recipe>.", "auto or a folder")
+
+
+class HubSection(Section):
+    """Where the adapter is pushed when the run has ended; without this section nothing leaves the machine."""
+
+    repo: str = _setting(..., "Repository of the adapter.", "name or owner/name")
+    private: bool = _setting(True, "Only you can see the repository.", "true or false")
+
+
+# The setting that a section stands for where a person writes a single text: `model: builtin:tiny`.
+SHORTHANDS = {"model": "base", "data": "path", "output": "dir", "hub": "repo"}
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection, "data": DataSection, "lora": LoraSection, "train": TrainSection,
+    "memory": MemorySection, "output": OutputSection, "hub": HubSection,
+}
+
+
+@dataclass(frozen=True)
+class SettingDoc:
+    """One line of help: everything a person needs to use a setting."""
+
+    key: str
+    default: str
+    expects: str
+    help: str
+
+
+def describe_settings() -> list[SettingDoc]:
+    """Every setting, in order, from the declarations above."""
+    docs = []
+    for section, cls in SECTIONS.items():
+        for name, field in cls.model_fields.items():
+            default = "required" if field.is_required() else yaml.safe_dump(field.default, default_flow_style=True)
+            default = default.replace("\n...", "").strip()
+            docs.append(SettingDoc(f"{section}.{name}", default, field.json_schema_extra["expects"], field.description or ""))
+    return docs

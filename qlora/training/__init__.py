@@ -1,0 +1,1 @@
+"""The run: from a recipe to an adapter on disk."""

@@ -63,6 +63,13 @@ def quieten_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    for name in ("bitsandbytes", "accelerate", "peft", "trl"):
+    for name in ("bitsandbytes", "accelerate", "peft", "trl", "huggingface_hub", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+
+
+def hide_loading_bars() -> None:
+    """The weight loader's own bar, which would be drawn into ours. Downloads keep theirs."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -134,6 +134,8 @@ def _train(options: argparse.Namespace) -> int:
     with progress.stage("Starting"):
         from qlora.results.summary import summary_tables
         from qlora.training.run import train
+
+        _compat.hide_loading_bars()
     result = train(recipe, progress)
     console = Console()
     for table in summary_tables(result.summary):
@@ -148,36 +150,43 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from qlora.checking import check
-    from qlora.console import ConsoleProgress
-    from qlora.recipe import load_recipe
-
-    recipe = load_recipe(options.recipe, options.overrides)
-    progress = ConsoleProgress()
-    renderables, passed = check(recipe, progress, data_only=options.data_only)
     from rich.console import Console
 
+    from qlora.console import ConsoleProgress
+    from qlora.recipe import load_recipe
+    from qlora.training.setup import check
+    from qlora.views import data_view, plan_view
+
+    recipe = load_recipe(options.recipe, options.overrides)
     console = Console()
-    for renderable in renderables:
-        console.print(renderable)
-    return 0 if passed else 2
+    data, plan = check(recipe, ConsoleProgress(), data_only=options.data_only)
+    console.print(data_view(data))
+    if plan is not None:
+        console.print()
+        console.print(plan_view(plan))
+    bad = any(finding.level == "error" for finding in data.findings)
+    console.print("\nNot ready: see the errors above." if bad else "\nReady to train.", style="bold red" if bad else "bold green")
+    return 2 if bad else 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from rich.console import Console
+    from qlora.architecture import describe, find_config, inspection, select_targets
+    from qlora.model.build import locate_base
 
-    from qlora.inspecting import inspect_model
-
+    config = find_config(locate_base(options.model), inspect_only=True)
+    architecture = describe(config)
     targets = options.targets if options.targets in ("all", "attention", "qv") else options.targets.split(",")
-    document, renderables = inspect_model(options.model, targets, options.r)
+    found = inspection(architecture, select_targets(architecture, targets), options.r)
     if options.json:
         import json
 
-        print(json.dumps(document, indent=2))
+        print(json.dumps(found, indent=2))
         return 0
-    console = Console()
-    for renderable in renderables:
-        console.print(renderable)
+    from rich.console import Console
+
+    from qlora.views import inspection_view
+
+    Console().print(inspection_view(found))
     return 0
 
 

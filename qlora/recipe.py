@@ -56,7 +56,8 @@ class Recipe(BaseModel):
     hub: HubSection | None = None
 
     _name: str = PrivateAttr("run")
-    _folder: Path | None = PrivateAttr(None)
+    _source: str | None = PrivateAttr(None)
+    _overrides: tuple[str, ...] = PrivateAttr(())
 
     @field_validator("model", "data", "output", "hub", mode="before")
     @classmethod
@@ -67,6 +68,16 @@ class Recipe(BaseModel):
     def name(self) -> str:
         """Stem of the file the recipe came from; names the run folder."""
         return self._name
+
+    @property
+    def source(self) -> str | None:
+        """The file the recipe came from, as it was written; None for one built in Python."""
+        return self._source
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """The values that were replaced on the command line, as they were written."""
+        return self._overrides
 
     def is_given(self, key: str) -> bool:
         """Whether a person wrote `section.setting`, as against a default."""
@@ -83,7 +94,7 @@ class Recipe(BaseModel):
             section, _, setting = key.partition(".")
             sections.setdefault(section, {})[setting] = value
         copy = _validated(sections, "recipe", {})
-        copy._name, copy._folder = self._name, self._folder
+        copy._name, copy._source, copy._overrides = self._name, self._source, self._overrides
         return copy
 
 
@@ -102,7 +113,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             tree[section] = {short: tree[section]}
             lines[f"{section}.{short}"] = lines.get(section, 0)
     _anchor_paths(tree, path.parent)
-    problems = []
+    problems, overrides = [], tuple(overrides)
     for override in overrides:
         problem = _apply_override(tree, override, lines)
         problems += [problem] if problem else []
@@ -110,7 +121,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError("\n".join(problems), "Overrides are written section.setting=value, for example lora.r=32.")
     recipe = _validated(tree, str(path), lines)
     recipe._name = path.stem
-    recipe._folder = path.parent.resolve()
+    recipe._source = str(path)
+    recipe._overrides = overrides
     return recipe
 
 

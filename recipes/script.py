@@ -24,7 +24,7 @@ def main() -> None:
 
     print(f"loss on held-out rows: {result.before['loss']:.3f} before, {result.after['loss']:.3f} after")
     print(f"adapter: {result.adapter}")
-    print(f"report:  {result.folder / 'report.md'}")
+    print(f"report:  {result.report}")
 
 
 if __name__ == "__main__":

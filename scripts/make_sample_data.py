@@ -3,8 +3,8 @@
 
 ShareGPT shape, one row per conversation: `conversations` with the turns human, gpt, function_call and observation, and
 `tools`, the JSON text of the tools that the assistant may call. The rows cover what a model has to learn: one call, a
-question back when an argument is missing, two calls after each other, a tool that fails, and a question that needs no tool.
-The same rows come out every time. Run it from anywhere: `python scripts/make_sample_data.py`.
+question back when an argument is missing, two calls after each other, a tool that fails, and a question that needs no
+tool. The same rows come out every time. Run it from anywhere: `python scripts/make_sample_data.py`.
 """
 
 import json
@@ -26,7 +26,8 @@ TOOLS = {
     for item in (
         tool("get_weather", "Weather forecast of a city for one day.",
              city=("string", "Name of the city"), day=("string", "today, tomorrow or a day of the week")),
-        tool("set_timer", "Start a timer.", minutes=("integer", "Length in minutes"), label=("string", "What it is for")),
+        tool("set_timer", "Start a timer.",
+             minutes=("integer", "Length in minutes"), label=("string", "What it is for")),
         tool("convert_length", "Convert a length from one unit to another.",
              value=("number", "The length"), source=("string", "Unit of the length"), target=("string", "Wanted unit")),
         tool("add_event", "Put an event into the calendar.", title=("string", "What it is"),
@@ -55,7 +56,8 @@ def gpt(text: str) -> dict:
 
 def call(tool_name: str, **arguments: object) -> dict:
     assert set(arguments) == set(TOOLS[tool_name]["parameters"]["required"]), tool_name
-    return {"from": "function_call", "value": json.dumps({"name": tool_name, "arguments": arguments}, ensure_ascii=False)}
+    value = json.dumps({"name": tool_name, "arguments": arguments}, ensure_ascii=False)
+    return {"from": "function_call", "value": value}
 
 
 def result(**values: object) -> dict:
@@ -80,8 +82,9 @@ def conversations() -> list[list[dict]]:
         ("Should I hang the washing out today?", "Malaga", "sunny", 24, "Yes"),
         ("Can the dog stay outside tonight?", "Tromso", "snow", -9, "Better not"),
     ):
-        rows.append([human(question), gpt("Which city are you in?"), human(city), call("get_weather", city=city, day="today"),
-                     result(sky=sky, degrees_celsius=degrees), gpt(f"{verdict}: {sky} and {degrees} °C in {city} today.")])
+        rows.append([human(question), gpt("Which city are you in?"), human(city),
+                     call("get_weather", city=city, day="today"), result(sky=sky, degrees_celsius=degrees),
+                     gpt(f"{verdict}: {sky} and {degrees} °C in {city} today.")])
     for question, minutes, label in (
         ("Remind me in 8 minutes to take the eggs out.", 8, "eggs"),
         ("Start a timer for the pizza, a quarter of an hour.", 15, "pizza"),
@@ -106,7 +109,8 @@ def conversations() -> list[list[dict]]:
         ("Put the dentist on 12 March 2027 at half past nine.", "Dentist", "2027-03-12", "09:30"),
         ("I meet Hana for lunch on 5 May 2027 at one.", "Lunch with Hana", "2027-05-05", "13:00"),
         ("Choir rehearsal, 18 January 2027, 7 pm.", "Choir rehearsal", "2027-01-18", "19:00"),
-        ("Enter the parents' evening: 2 October 2027 at a quarter to six in the evening.", "Parents' evening", "2027-10-02", "17:45"),
+        ("Enter the parents' evening: 2 October 2027 at a quarter to six in the evening.", "Parents' evening",
+         "2027-10-02", "17:45"),
     ):
         rows.append([human(question), call("add_event", title=title, date=date, time=time), result(saved=True),
                      gpt(f"{title} is in your calendar for {date} at {time}.")])
@@ -130,7 +134,8 @@ def conversations() -> list[list[dict]]:
     ):
         rows.append([human(question), call("send_message", contact=contact, text=text), result(sent=True),
                      gpt(f'I have written to {contact}: "{text}"')])
-    rows.append([human("Write to Alex that I am on my way."), call("send_message", contact="Alex", text="I am on my way."),
+    rows.append([human("Write to Alex that I am on my way."),
+                 call("send_message", contact="Alex", text="I am on my way."),
                  result(sent=False, error="two contacts named Alex: Alex Berg, Alex Kim"),
                  gpt("There are two, Alex Berg and Alex Kim. Which one do you mean?"), human("Kim."),
                  call("send_message", contact="Alex Kim", text="I am on my way."), result(sent=True),
@@ -142,19 +147,21 @@ def conversations() -> list[list[dict]]:
         ("I am looking for a reading lamp.", "reading lamp", "Reading lamp with clamp", 24.0, 11),
     ):
         state = f"{stock} in stock" if stock else "sold out at the moment"
-        rows.append([human(question), call("find_product", query=query), result(name=name, price_eur=price, in_stock=stock),
-                     gpt(f"{name}: {price:.2f} euros, {state}.")])
+        rows.append([human(question), call("find_product", query=query),
+                     result(name=name, price_eur=price, in_stock=stock), gpt(f"{name}: {price:.2f} euros, {state}.")])
     for number, state, day in (("A-2041", "shipped", "Thursday"), ("A-1977", "being packed", "Monday"),
                                ("B-0310", "delivered", "yesterday")):
         sentence = {"shipped": f"is on its way and should arrive on {day}", "delivered": f"was delivered {day}",
                     "being packed": f"is being packed and should arrive on {day}"}[state]
         rows.append([human("Where is my order?"), gpt("What is its number?"), human(number),
-                     call("get_order", order_id=number), result(state=state, day=day), gpt(f"Order {number} {sentence}.")])
+                     call("get_order", order_id=number), result(state=state, day=day),
+                     gpt(f"Order {number} {sentence}.")])
     rows.append([human("What about order C-5555?"), call("get_order", order_id="C-5555"), result(error="no such order"),
                  gpt("I find no order C-5555. Could you check the number in your confirmation?")])
     for question, room, percent, answer in (
         ("Turn off the light in the hall.", "hall", 0, "The light in the hall is off."),
-        ("Make it cosy in the living room, maybe a third.", "living room", 33, "The light in the living room is at 33 %."),
+        ("Make it cosy in the living room, maybe a third.", "living room", 33,
+         "The light in the living room is at 33 %."),
         ("Full light in the kitchen, please.", "kitchen", 100, "The light in the kitchen is at 100 %."),
     ):
         rows.append([human(question), call("set_light", room=room, percent=percent), result(ok=True), gpt(answer)])
@@ -164,8 +171,8 @@ def conversations() -> list[list[dict]]:
     for origin, destination, departure, platform in (("Graz", "Vienna", "16:26", 4), ("Utrecht", "Delft", "09:12", 7),
                                                     ("Daegu", "Busan", "11:40", 2)):
         rows.append([human(f"When does the next train from {origin} to {destination} leave?"),
-                     call("next_train", origin=origin, destination=destination), result(departure=departure, platform=platform),
-                     gpt(f"At {departure} from platform {platform}.")])
+                     call("next_train", origin=origin, destination=destination),
+                     result(departure=departure, platform=platform), gpt(f"At {departure} from platform {platform}.")])
     for question, expression in (("What is 17 times 243?", "17 * 243"), ("Add 1289 and 3476 for me.", "1289 + 3476"),
                                  ("Divide 9,144 by 12.", "9144 / 12")):
         left, operator, right = expression.split()
@@ -173,8 +180,10 @@ def conversations() -> list[list[dict]]:
         rows.append([human(question), call("calculate", expression=expression), result(value=value), gpt(f"{value}.")])
     for question, answer in (
         ("Thanks, that helped!", "You are welcome. Is there anything else?"),
-        ("What can you do for me?", "I can use the tools I am given for this conversation, and answer questions. What do you need?"),
-        ("Book me a flight to Rome.", "I have no tool for booking flights. I can help with something else, if you like."),
+        ("What can you do for me?",
+         "I can use the tools I am given for this conversation, and answer questions. What do you need?"),
+        ("Book me a flight to Rome.",
+         "I have no tool for booking flights. I can help with something else, if you like."),
         ("How many days does a week have?", "Seven."),
     ):
         rows.append([human(question), gpt(answer)])

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write the tables of recipes/README.md: the recipes from their headers, the settings from qlora/settings.py.
 
-Run it after a recipe or a setting has changed: `python scripts/update_docs.py`. With `--check` nothing is written, and the
-exit code is 1 where a table is out of date.
+Run it after a recipe or a setting has changed: `python scripts/update_docs.py`. With `--check` nothing is written, and
+the exit code is 1 where a table is out of date.
 """
 
 from __future__ import annotations

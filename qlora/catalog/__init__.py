@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import re
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -72,15 +73,19 @@ def published_parameters(name: str) -> int | None:
 
 
 def nearest_ids(name: str, num_names: int = 3) -> list[str]:
-    """Ids that look like `name`, best first; compared with and without the owner, and without regard to case."""
+    """Ids that look like `name`, best first; compared with and without the owner and "-Instruct", whatever the case."""
     wanted = name.strip().lower()
-    bare = wanted.rpartition("/")[2]
     scores = {}
     for lowered, id in _spellings().items():
         whole = difflib.SequenceMatcher(None, wanted, lowered).ratio()
-        scores[id] = max(whole, difflib.SequenceMatcher(None, bare, lowered.rpartition("/")[2]).ratio())
+        scores[id] = max(whole, difflib.SequenceMatcher(None, _bare(wanted), _bare(lowered)).ratio())
     close = sorted((id for id in scores if scores[id] >= 0.6), key=lambda id: (-scores[id], id))
     return close[:num_names]
+
+
+def _bare(name: str) -> str:
+    """Owner and tuning left out: what says which model it is."""
+    return re.sub(r"-(instruct|chat|base|it)(?=-|$)", "", name.rpartition("/")[2])
 
 
 def _known(name: str) -> str:

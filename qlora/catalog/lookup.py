@@ -134,7 +134,10 @@ def _fetch_config(base: str, revision: str | None) -> Path:
         ) from None
     except RevisionNotFoundError:
         raise ModelError(f"{base} has no revision {revision!r}.", "Name a branch, a tag or a commit of it.") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            problem = f"{base}{at}: the Hub answered with an error: {first_line(error.__cause__)}"
+            raise ModelError(problem, "Try again later; if it names your token, run `hf auth login`.") from None
         problem = f"{base}{at}: the Hub cannot be reached, and its config is not in the cache."
         raise ModelError(problem, offline_hint) from None
     except EntryNotFoundError:
@@ -146,7 +149,7 @@ def _fetch_config(base: str, revision: str | None) -> Path:
         raise ModelError(f"{base!r} is not a Hub id: {error}", "Write owner/name.") from None
     except HfHubHTTPError as error:
         problem = f"{base}{at}: the Hub answered with an error: {first_line(error)}"
-        raise ModelError(problem, "Try again later.") from None
+        raise ModelError(problem, "Try again later; if it names your token, run `hf auth login`.") from None
     except OSError as error:
         problem = f"{base}{at}: config.json could not be fetched: {first_line(error)}"
         raise ModelError(problem, offline_hint) from None

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora.data.files import RawRow, describe
 from qlora.data.formats import REQUIRED, Layout, parse_list
-from qlora.data.rows import Row
+from qlora.data.rows import Row, Unusable
 
 _ROLES = {
     "system": "system", "developer": "system",
@@ -21,10 +21,6 @@ _ROLES = {
     "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
     "function_call": "call", "tool_call": "call",
 }
-
-
-class Unusable(ValueError):
-    """One row cannot be used; the text says why."""
 
 
 def normalise(raw: RawRow, layout: Layout) -> list[Row]:

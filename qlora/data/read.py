@@ -12,8 +12,8 @@ from typing import Any
 from qlora.data.files import SUFFIXES, RawRow, find_files, read_file
 from qlora.data.formats import FIELDS, Layout, choose_layout
 from qlora.data.hub_rows import hub_digest, is_hub_id, read_hub
-from qlora.data.normalise import Unusable, normalise
-from qlora.data.rows import BadRow, Row, RowSet, bad_rows_error, count_duplicates
+from qlora.data.normalise import normalise
+from qlora.data.rows import BadRow, Row, RowSet, Unusable, bad_rows_error, count_duplicates
 from qlora.errors import DataError
 
 
@@ -111,5 +111,6 @@ def _bad_rows(bad_rows: list[BadRow], num_good: int, layout: Layout, path: str) 
                               "Correct them." + (f" They were read as {layout.format} ({layout.reason}); if that is not what "
                                                  "they are, set data.format or data.columns." if layout.reason else ""))
     as_format = f" as {layout.format}" if layout.reason else ""
+    folders = " Files of different formats need folders of their own." if Path(path).is_dir() else ""
     return bad_rows_error(bad_rows, f"{count} of {len(bad_rows) + num_good:,} in {path} cannot be read{as_format}:",
-                          "Correct them, or leave them out with data.on_bad_row: skip.")
+                          f"Correct them, or leave them out with data.on_bad_row: skip.{folders}")

@@ -55,6 +55,10 @@ class Row:
         )
 
 
+class Unusable(ValueError):
+    """One row cannot be used; the text says why. Caught where the row's place is known, and turned into a BadRow."""
+
+
 @dataclass(frozen=True)
 class BadRow:
     """A row that cannot be used, and why."""

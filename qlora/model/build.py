@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora import _compat
+from qlora.architecture import find_config
 from qlora.errors import ModelError
 from qlora.hardware import Device
 from qlora.precision import Precision, torch_dtype
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TINY = "builtin:tiny"
+
+# Multimodal checkpoints keep their language model under another name. Ordinary ones have no such keys. Without this the
+# loader finds none of the text part's weights and starts them at random, with no more than a log line.
+_TEXT_PART_KEYS = {r"^language_model\.lm_head": "lm_head", r"^(model\.)?language_model\.(model\.)?": "model."}
 
 
 def locate_base(base: str, progress: Any = None) -> str:
@@ -82,6 +87,9 @@ def build_base(
     """
     from transformers import AutoModelForCausalLM
 
+    if weights == "pretrained" and not Path(base).expanduser().is_dir():
+        # The catalog's config is for planning; weights are read with the config that lies beside them.
+        config = find_config(base, revision=revision or "main", trust_remote_code=trust_remote_code)
     settings: dict[str, Any] = dict(
         config=config, dtype=torch_dtype(precision.compute), device_map={"": device.torch_name},
         attn_implementation=attention, quantization_config=quantisation(precision),
@@ -94,10 +102,13 @@ def build_base(
         if weights == "random":
             skeleton = _skeleton(config, precision)
             model = type(skeleton).from_pretrained(None, state_dict=_random_weights(skeleton, precision, seed), **settings)
+            model.name_or_path = base  # what the adapter's config names as its base
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                base, revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True, **settings
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                base, revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True,
+                key_mapping=_TEXT_PART_KEYS, output_loading_info=True, **settings,
             )
+            _refuse_missing(base, loading)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _explain(error, base, "weights") from error
     for parameter in model.parameters():
@@ -152,6 +163,18 @@ def _weighted_sum(tensor: torch.Tensor) -> int:
         weights = torch.arange(start, start + words.numel(), device=words.device, dtype=torch.int64) * 2 + 1
         total = (total * 31 + int((words * weights).sum())) % 2**64
     return total
+
+
+def _refuse_missing(base: str, loading: dict[str, Any]) -> None:
+    """The loader gives a weight that it does not find a random start; a base with such weights is no base."""
+    missing = sorted(loading.get("missing_keys") or ())
+    mismatched = sorted(str(key) for key in loading.get("mismatched_keys") or ())
+    if missing or mismatched:
+        raise ModelError(
+            f"{base} lacks {len(missing)} of the weights that its config asks for, first {missing[0]}." if missing
+            else f"{base} has {len(mismatched)} weights of another shape than its config says, first {mismatched[0]}.",
+            "Download or save the model again; config.json and the weights must be of the same model.",
+        )
 
 
 def _skeleton(config: PreTrainedConfig, precision: Precision) -> PreTrainedModel:

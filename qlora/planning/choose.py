@@ -33,6 +33,8 @@ class Facts:
     num_validation_rows: int
     max_length: int
     max_length_reason: str
+    data_format: str
+    data_format_reason: str
 
 
 def budget_of(recipe: Recipe, device: Device) -> int:
@@ -53,6 +55,8 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[dict[str, Decision], int]:
 
     chosen["model.dtype"] = (facts.precision.compute, "rule", facts.precision.reason)
     chosen["model.attention"] = ("sdpa", "rule", "torch's own kernels; never stores the length x length scores on a GPU")
+    chosen["data.format"] = (facts.data_format, "derived", facts.data_format_reason)
+    chosen["data.validation"] = (f"{facts.num_validation_rows:,} rows", "rule", "5 % of the rows, at least 8 and at most 256")
     chosen["data.max_length"] = (facts.max_length, "derived", facts.max_length_reason)
     chosen["memory.device"] = (facts.device.kind, "derived", f"{facts.device.name}")
     size = f"{format_bytes(budget_bytes)}, all of the {'card' if on_gpu else 'RAM'}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,7 @@ class RunSummary:
     device: Device
     versions: dict[str, str]
     adapter: str = "adapter"
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def total_seconds(self) -> float:
@@ -133,7 +134,7 @@ class RunSummary:
         return sum(self.seconds.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The summary as report.json holds it, in JSON's own types. Numbers that are not finite become "NaN" or "Infinity"."""
+        """The summary as report.json holds it, in JSON's own types. Numbers that are not finite become text: "NaN"."""
         document = _plain(_adapter().dump_python(self))
         for name in ("before", "after"):
             found = getattr(self, name)
@@ -169,7 +170,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# --- what the figures say ----------------------------------------------------------------------------------------------
+# --- what the figures say ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -206,34 +207,56 @@ def _score(measure: str, before: float, after: float, style: str, *, lower: bool
     return Score(measure, shown_before, shown_after, "lower is better" if lower else "higher is better", outcome)
 
 
+def outcome(summary: RunSummary) -> str:
+    """ "better", "worse", "same", "broken" (a loss that is not finite) or "unknown" (nothing was held out)."""
+    if summary.before is None or summary.after is None:
+        return "unknown"
+    before, after = summary.before.loss, summary.after.loss
+    if not math.isfinite(after):
+        return "broken"
+    if after < before * (1 - _CLEAR_CHANGE):
+        return "better"
+    return "worse" if after > before * (1 + _CLEAR_CHANGE) else "same"
+
+
 def verdict(summary: RunSummary) -> str:
     """What came of the run, in plain words."""
     before, after, num_rows = summary.before, summary.after, summary.data.num_validation
     if before is None or after is None:
-        return ("There were no held-out rows, so nothing tells whether the model got better. Set data.validation to a share "
-                "such as 0.1, or to a file.")
-    if not math.isfinite(after.loss):
+        return ("There were no held-out rows, so nothing tells whether the model got better. Set data.validation to a "
+                "share such as 0.1, or to a file.")
+    found = outcome(summary)
+    if found == "broken":
         return "After training, the loss on held-out rows is not a finite number. Do not use this adapter."
-    change = f"the loss went from {before.loss:.3f} to {after.loss:.3f}"
-    if after.loss < before.loss * (1 - _CLEAR_CHANGE):
-        text = f"The model got better: on {_rows(num_rows)} that it never saw, {change}"
-    elif after.loss > before.loss * (1 + _CLEAR_CHANGE):
-        text = f"The model got worse: on {_rows(num_rows)} that it never saw, {change}"
-    else:
-        text = f"No clear change: on {_rows(num_rows)} that the model never saw, {change}"
+    start = {"better": "The model got better", "worse": "The model got worse", "same": "No clear change"}[found]
+    text = (f"{start}: on {num_of(num_rows, 'row')} that it was not trained on, the loss went from {before.loss:.3f} "
+            f"to {after.loss:.3f}")
     if before.exact_match is not None and after.exact_match is not None and after.num_answers:
-        matches = [round(found.exact_match * found.num_answers) for found in (before, after)]
-        text += f", and {matches[1]} of {after.num_answers} answers match word for word ({matches[0]} before)"
+        matches = [round(evaluation.exact_match * evaluation.num_answers) for evaluation in (before, after)]
+        answers = num_of(after.num_answers, "answer")
+        text += f", and {matches[1]:,} of {answers} match word for word ({matches[0]:,} before)"
     if num_rows < _FEW_ROWS:
-        text += f". {_rows(num_rows).capitalize()} are few, so take this as a rough measure"
+        text += ". So few rows give a rough measure"
     return f"{text}."
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
+def num_of(count: int, noun: str) -> str:
+    """'1 row', '1,200 rows'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-# --- paths -------------------------------------------------------------------------------------------------------------
+def printable(text: str) -> str:
+    """Text with U+FFFD for characters that steer a terminal or turn the line round; a model may write any.
+
+    Spaces of every width and the joiners of emoji and Indic scripts stay.
+    """
+    def is_safe(character: str) -> bool:
+        return character.isprintable() or character in "\u200c\u200d" or unicodedata.category(character) == "Zs"
+
+    return "".join(character if is_safe(character) else "\ufffd" for character in text)
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
 
 
 def without_private_paths(summary: RunSummary, folder: Path) -> RunSummary:

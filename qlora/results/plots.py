@@ -1,6 +1,6 @@
 """The plots of a run: loss, learning rate, gradient norm and row lengths, as PNG files.
 
-Colours are Okabe and Ito's, which people who see fewer colours can tell apart; every line also differs in width or style.
+Colours are Okabe and Ito's, which people who see fewer colours can tell apart; lines also differ in width or style.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qlora.units import format_count
@@ -36,7 +37,7 @@ def draw_all(
 
     Args:
         metrics: rows of metrics.jsonl. Values that are not finite are left out of the lines and marked on the axis.
-        length_histogram: (low, high, count) of row lengths in tokens, before anything is cut.
+        length_histogram: (low, high, count) of row lengths in tokens, both ends included, before anything is cut.
         max_length: the cut, in tokens.
         max_grad_norm: where gradients are clipped; None draws no line.
         length_percentiles: {"p50": ..., "p95": ...} in tokens; None reads them off the histogram.
@@ -68,7 +69,7 @@ def _draw(path: Path, title: str, fill: Callable[[Axes], bool]) -> bool:
     axes.set_title(title, loc="left", fontsize=14, color=_INK, pad=12)
     axes.grid(True, color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=11, colors=_INK, length=0)
+    axes.tick_params(which="both", labelsize=11, colors=_INK, length=0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -77,13 +78,13 @@ def _draw(path: Path, title: str, fill: Callable[[Axes], bool]) -> bool:
         return False
     handles, labels = axes.get_legend_handles_labels()
     if handles:  # beneath the plot, where it hides nothing
-        figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(handles) == 4 else 3, fontsize=11, frameon=False,
-                      labelcolor=_INK)
+        figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(handles) == 4 else 3, fontsize=11,
+                      frameon=False, labelcolor=_INK)
     figure.savefig(path, dpi=_DOTS_PER_INCH)
     return True
 
 
-# --- one function per plot ---------------------------------------------------------------------------------------------
+# --- one function per plot --------------------------------------------------------------------------------------------
 
 
 def _loss(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> bool:
@@ -92,13 +93,15 @@ def _loss(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> bool:
     if not (training or held_out or training_lost or held_out_lost):
         return False
     if training:
-        _line_and_mean(axes, training, "training, ")
+        _line_and_median(axes, training, "training, ")
     if held_out:
         steps, values = zip(*held_out)
         axes.plot(steps, values, color=_RED, linewidth=1.5, linestyle=(0, (4, 2)), marker="o", markersize=6,
                   markeredgecolor="white", zorder=3, label="held-out rows")
     _mark_not_finite(axes, training_lost + held_out_lost)
-    _limits(axes, _robust(value for _, value in training + held_out), floor=0.0)
+    values = [value for _, value in training + held_out]
+    _limits(axes, _robust(values), floor=0.0)
+    _tell_of_higher(axes, values)
     _step_axis(axes)
     axes.set_ylabel("loss (nats per token)", fontsize=12, color=_INK)
     _perplexity_axis(axes)
@@ -127,7 +130,7 @@ def _grad_norm(axes: Axes, metrics: Sequence[Mapping[str, Any]], max_grad_norm: 
         return False
     values = [value for _, value in points]
     if points:
-        _line_and_mean(axes, points, "")
+        _line_and_median(axes, points, "")
     if max_grad_norm is not None:
         axes.axhline(max_grad_norm, color=_ORANGE, linewidth=1.5, linestyle=(0, (4, 2)),
                      label=f"clipped above {max_grad_norm:g}")
@@ -146,21 +149,21 @@ def _grad_norm(axes: Axes, metrics: Sequence[Mapping[str, Any]], max_grad_norm: 
 def _lengths(
     axes: Axes, histogram: Sequence[tuple[int, int, int]], max_length: int, percentiles: Mapping[str, float] | None
 ) -> bool:
-    bins = [(low, max(high, low + 1), count) for low, high, count in histogram]
-    if not any(count for _, _, count in bins):
+    if not any(count for _, _, count in histogram):
         return False
-    marks = dict(percentiles) if percentiles else {"p50": percentile(bins, 0.5), "p95": percentile(bins, 0.95)}
-    axes.bar([low for low, _, _ in bins], [count for _, _, count in bins], align="edge",
-             width=[high - low for low, high, _ in bins], color=_BLUE, alpha=0.65, edgecolor="white", linewidth=0.6)
+    marks = percentiles or {f"p{share}": percentile(histogram, share / 100) for share in (50, 95)}
+    axes.bar([low - 0.5 for low, _, _ in histogram], [count for _, _, count in histogram], align="edge",
+             width=[high - low + 1 for low, high, _ in histogram], color=_BLUE, alpha=0.65, edgecolor="white",
+             linewidth=0.6)
+    longest = max(high for _, high, _ in histogram)
+    in_sight = max_length <= 2 * longest
+    axes.axvline(max_length, color=_INK, linewidth=2,
+                 label=f"max_length: {max_length:,} tokens{'' if in_sight else ', far to the right'}")
     styles = {"p50": (_GREEN, (0, (1, 1))), "p95": (_RED, (0, (4, 2)))}
     for name, value in marks.items():
         color, dashes = styles.get(name, (_GREY, (0, (1, 2))))
         axes.axvline(value, color=color, linewidth=2, linestyle=dashes, label=f"{name}: {value:,.0f} tokens")
-    longest = max(high for _, high, _ in bins)
-    in_sight = max_length <= 2 * longest
-    axes.axvline(max_length, color=_INK, linewidth=2,
-                 label=f"max_length: {max_length:,} tokens{'' if in_sight else ', far to the right'}")
-    axes.set_xlim(0, 1.05 * (max(longest, max_length) if in_sight else longest))
+    axes.set_xlim(0, 1.05 * (max(longest, max_length) if in_sight else longest) + 0.5)
     axes.set_xlabel("tokens in a row", fontsize=12, color=_INK)
     axes.set_ylabel("rows", fontsize=12, color=_INK)
     for axis in (axes.xaxis, axes.yaxis):
@@ -170,7 +173,7 @@ def _lengths(
     return True
 
 
-# --- figures from metrics ----------------------------------------------------------------------------------------------
+# --- figures from metrics ---------------------------------------------------------------------------------------------
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[_Point], list[int]]:
@@ -188,32 +191,26 @@ def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[_Point
 
 
 def smooth(values: Sequence[float]) -> tuple[list[float], int]:
-    """Centred running mean and the number of steps in its window: a fiftieth of the run, and none for a short run.
+    """Centred running median and the number of steps in its window: a fiftieth of the run, and none for a short run.
 
-    At both ends the window holds what is there, at least half of it; one that shrinks to a single value would end in noise.
+    A median, because one spike would lift a mean for the whole width of the window. At both ends the window holds what
+    is there, at least half of it; one that shrinks to a single value would end in noise.
     """
     if len(values) < 40:
         return list(values), 1
     half = max(2, len(values) // 100)
-    total = [0.0]
-    for value in values:
-        total.append(total[-1] + value)
-    means = []
-    for i in range(len(values)):
-        first, last = max(0, i - half), min(len(values), i + half + 1)
-        means.append((total[last] - total[first]) / (last - first))
-    return means, 2 * half + 1
+    return [median(values[max(0, i - half): i + half + 1]) for i in range(len(values))], 2 * half + 1
 
 
-def percentile(bins: Sequence[tuple[int, int, int]], share: float) -> float:
-    """The length below which `share` of the rows lie, taking rows as evenly spread within a bin."""
-    wanted = share * sum(count for _, _, count in bins)
+def percentile(histogram: Sequence[tuple[int, int, int]], share: float) -> float:
+    """The length that `share` of the rows do not exceed, taking rows as evenly spread within their bin."""
+    wanted = share * sum(count for _, _, count in histogram)
     seen = 0
-    for low, high, count in bins:
+    for low, high, count in histogram:
         if count and seen + count >= wanted:
             return low + (high - low) * (wanted - seen) / count
         seen += count
-    return float(bins[-1][1])
+    return float(histogram[-1][1])
 
 
 def _robust(values: Iterable[float]) -> list[float]:
@@ -225,17 +222,18 @@ def _robust(values: Iterable[float]) -> list[float]:
     return [value for value in ordered if value <= limit] or ordered
 
 
-# --- axes --------------------------------------------------------------------------------------------------------------
+# --- axes -------------------------------------------------------------------------------------------------------------
 
 
-def _line_and_mean(axes: Axes, points: Sequence[_Point], name: str) -> None:
-    """Every value, thin, and their running mean over it; a short run is one line with dots."""
+def _line_and_median(axes: Axes, points: Sequence[_Point], name: str) -> None:
+    """Every value, thin, and their running median over it; a short run is one line with dots."""
     steps, values = zip(*points)
-    means, window = smooth(values)
+    medians, window = smooth(values)
     if window > 1:
         few = len(values) <= 500
-        axes.plot(steps, values, color=_BLUE, alpha=0.45 if few else 0.3, linewidth=1.0 if few else 0.6, label=f"{name}each step")
-        axes.plot(steps, means, color=_BLUE, linewidth=2, label=f"{name}mean of {window} steps")
+        axes.plot(steps, values, color=_BLUE, alpha=0.45 if few else 0.3, linewidth=1.0 if few else 0.6,
+                  label=f"{name}each step")
+        axes.plot(steps, medians, color=_BLUE, linewidth=2, label=f"{name}median of {window} steps")
     else:
         axes.plot(steps, values, color=_BLUE, linewidth=2, marker=_dots(values), markersize=5, label=f"{name}each step")
 
@@ -251,6 +249,14 @@ def _limits(axes: Axes, values: Sequence[float], floor: float) -> None:
     low, high = min(values), max(values)
     air = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
     axes.set_ylim(max(low - air, floor) if low >= floor else low - air, high + air)
+
+
+def _tell_of_higher(axes: Axes, values: Sequence[float]) -> None:
+    """Say so where spikes leave the picture."""
+    higher = [value for value in values if value > axes.get_ylim()[1]]
+    if higher:
+        text = f"{len(higher):,} {'value is' if len(higher) == 1 else 'values are'} higher, up to {max(higher):.3g}"
+        axes.text(0.99, 0.98, text, transform=axes.transAxes, ha="right", va="top", fontsize=11, color=_INK)
 
 
 def _step_axis(axes: Axes) -> None:
@@ -295,11 +301,14 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 
 def _labels(numbers: Sequence[float]) -> list[str]:
-    """Numbers with as many places as the finest of them needs where they lie close together, else each in its shortest form."""
+    """Close numbers with as many places as the finest of them needs; others each in its shortest form."""
     if numbers and numbers[-1] <= 6 * numbers[0]:
         places = max(len(f"{number:.10g}".partition(".")[2]) for number in numbers)
         return [f"{number:,.{places}f}" for number in numbers]
-    return [f"{number:g}" if number < 10_000 else f"{number:.0e}" if number >= 1e12 else format_count(number) for number in numbers]
+    return [
+        f"{number:g}" if number < 10_000 else f"{number:.0e}" if number >= 1e12 else format_count(number)
+        for number in numbers
+    ]
 
 
 def _mark_not_finite(axes: Axes, steps: Sequence[int]) -> None:

@@ -16,6 +16,8 @@ from qlora.results.facts import (
     RunSummary,
     Sample,
     TrainingFacts,
+    num_of,
+    printable,
     scores,
     verdict,
     without_private_paths,
@@ -87,7 +89,7 @@ def render_markdown(summary: RunSummary, plots: Iterable[str] = ()) -> str:
         return [f"![{_PLOTS[name]}](plots/{name})" for name in names if name in plots]
 
     parts = [
-        f"# {escape(summary.name)}", f"**{escape(verdict(summary))}**",
+        f"# Training report: {escape(summary.name)}", f"**{escape(verdict(summary))}**",
         *_scores(summary), *pictures("loss.png"), *_samples(summary.samples),
         "## What it took", *_cost(summary),
         "## Model", *_model(summary.model),
@@ -102,28 +104,32 @@ def render_markdown(summary: RunSummary, plots: Iterable[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# --- the sections ------------------------------------------------------------------------------------------------------
+# --- the sections -----------------------------------------------------------------------------------------------------
 
 
 def _scores(summary: RunSummary) -> list[str]:
     rows = [(s.measure, s.before, s.after, f"{s.outcome} ({s.good_direction})") for s in scores(summary)]
     if not rows:
         return []
-    measured = [_basis(name, found) for name, found in (("before", summary.before), ("after", summary.after))]
+    measured = list(dict.fromkeys(map(_basis, (summary.before, summary.after))))
     return [
         table(("on held-out rows", "before", "after", ""), rows),
-        f"Loss is in nats per trained token, perplexity its exponential. Measured {' and '.join(measured)}.",
+        "Loss is in nats per trained token, perplexity its exponential. "
+        f"Measured on {', afterwards on '.join(measured)}.",
     ]
 
 
-def _basis(name: str, found: Evaluation | None) -> str:
-    return f"{name} on {found.num_tokens:,} tokens and {found.num_answers:,} answers" if found else ""
+def _basis(found: Evaluation) -> str:
+    return f"{num_of(found.num_tokens, 'token')} and {num_of(found.num_answers, 'answer')}"
 
 
 def _samples(samples: Sequence[Sample]) -> list[str]:
     parts = ["## Answers to held-out prompts"] if samples else []
     for i, sample in enumerate(samples, 1):
-        texts = (("prompt", sample.prompt), ("in the data", sample.reference), ("before", sample.before), ("after", sample.after))
+        texts = (
+            ("prompt", sample.prompt), ("in the data", sample.reference),
+            ("before", sample.before), ("after", sample.after),
+        )
         parts.append(table((f"{i}", ""), [(name, escape(_cut(text)) or "*(empty)*") for name, text in texts]))
     return parts
 
@@ -133,8 +139,9 @@ def _cost(summary: RunSummary) -> list[str]:
     device = "RAM" if summary.device.kind == "cpu" else escape(summary.device.name)
     rows = [
         ("peak memory", f"{_exact_bytes(summary.peak_bytes)} of {device}; budget {_exact_bytes(summary.budget_bytes)}"),
-        ("trainable parameters", f"{model.trainable_parameters:,}, {model.trainable_share:.3%} of the base's"),
-        ("steps", f"{training.num_steps:,}, {training.epochs:g} epochs"),
+        ("trainable parameters", f"{model.trainable_parameters:,}, {100 * model.trainable_share:.3f} % of the base's"),
+        ("steps", f"{training.num_steps:,}"),
+        ("epochs", f"{training.epochs:g}"),
         ("tokens", f"{training.tokens:,}, of which {training.trained_tokens:,} count in the loss"),
         ("speed", f"{training.tokens_per_second:,.1f} tokens/s"),
         ("time", format_seconds(summary.total_seconds)),
@@ -166,14 +173,15 @@ def _data(data: DataFacts) -> list[str]:
         ("rows", f"{data.num_rows:,} read; {data.num_train:,} to train on, {data.num_validation:,} held out"),
         ("tokens in a row", f"p50 {lengths.p50:,.0f}, p95 {lengths.p95:,.0f}, p99 {lengths.p99:,.0f}, "
                             f"longest {lengths.max:,.0f}, mean {lengths.mean:,.1f}; cut at {data.max_length:,}"),
-        ("cut", f"{data.num_truncated:,} rows"),
-        ("left out", f"{data.num_answer_lost:,} lost their answer to the cut, {data.num_fully_masked:,} have nothing to train "
-                     f"on, {data.num_bad_rows:,} could not be read"),
-        ("duplicates", f"{data.num_duplicates:,} rows"),
+        ("cut", num_of(data.num_truncated, "row")),
+        ("left out", f"{data.num_answer_lost:,} lost their answer to the cut, {data.num_fully_masked:,} have nothing "
+                     f"to train on, {data.num_bad_rows:,} could not be read"),
+        ("duplicates", num_of(data.num_duplicates, "row")),
     ]
     parts = [table(("", ""), rows)]
     if data.findings:
-        parts.append("\n".join(f"- **{escape(f.level)}**: {escape(' '.join((f.text, f.fix)).strip())}" for f in data.findings))
+        texts = [(found.level, f"{found.text} {found.fix}".strip()) for found in data.findings]
+        parts.append("\n".join(f"- **{escape(level)}**: {escape(text)}" for level, text in texts))
     return parts
 
 
@@ -206,16 +214,17 @@ def _usage(summary: RunSummary) -> list[str]:
     lines = ["import torch", "from peft import PeftModel",
              "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"]
     if base == "builtin:tiny":
-        lines.append("from qlora.model.tiny import tiny_folder  # the one base that comes from a program, not from the Hub")
+        lines.append("from qlora.model.tiny import tiny_folder  # the one base that is not on the Hub")
         source = "str(tiny_folder())"
-    revision = f", revision={json.dumps(summary.model.revision)}" if summary.model.revision and base != "builtin:tiny" else ""
+    elif summary.model.revision:
+        source += f", revision={json.dumps(summary.model.revision)}"
     lines += [
         "",
         "four_bits = BitsAndBytesConfig(",
         '    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,',
         f"    bnb_4bit_compute_dtype={dtype},",
         ")",
-        f"base = AutoModelForCausalLM.from_pretrained({source}{revision}, quantization_config=four_bits, dtype={dtype})",
+        f"base = AutoModelForCausalLM.from_pretrained({source}, quantization_config=four_bits, dtype={dtype})",
         f"model = PeftModel.from_pretrained(base, {json.dumps(adapter, ensure_ascii=False)})",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(adapter, ensure_ascii=False)})",
     ]
@@ -226,13 +235,13 @@ def _usage(summary: RunSummary) -> list[str]:
 
 
 def _again(summary: RunSummary) -> list[str]:
-    sentence = "The same seed, rows (sha256 above) and library versions give the same run on the same machine."
+    sentence = "For the same run take the same rows (sha256 above), library versions and machine."
     if not summary.command:
         return [f"The recipe was built in Python; resolved.json holds every value. {sentence}"]
     return [_fenced(summary.command, "sh"), f"resolved.json holds every value. {sentence}"]
 
 
-# --- Markdown ----------------------------------------------------------------------------------------------------------
+# --- Markdown ---------------------------------------------------------------------------------------------------------
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -250,7 +259,7 @@ def escape(text: str) -> str:
     lines = []
     for line in text.replace("\r\n", "\n").replace("\r", "\n").replace("\t", "    ").split("\n"):
         body = line.lstrip(" ")
-        shown = "".join(_escaped(character) for character in body)
+        shown = "".join(_escaped(character) for character in printable(body))
         lines.append("&nbsp;" * (len(line) - len(body)) + shown)
     return "<br>".join(lines)
 
@@ -260,7 +269,7 @@ def _escaped(character: str) -> str:
         return "&#124;"  # a backslash before it means different things to different renderers of tables
     if character in "\\`*_{}[]<>#~&!$@":
         return f"\\{character}"
-    return character if character.isprintable() else "\ufffd"
+    return character
 
 
 def _cut(text: str) -> str:

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qlora.results.facts import RunSummary, Sample, scores, verdict
+from qlora.results.facts import RunSummary, Sample, num_of, outcome, printable, scores, verdict
 from qlora.units import format_bytes, format_seconds
 
 _COLORS = {"better": "green", "worse": "red", "same": "default"}
@@ -31,21 +31,20 @@ def summary_tables(summary: RunSummary) -> list[Table | Panel]:
 
 
 def _verdict(summary: RunSummary) -> Panel:
-    loss = next((score.outcome for score in scores(summary)), "same")
-    color = _COLORS[loss] if loss != "same" else "yellow"
+    color = {"better": "green", "worse": "red", "broken": "red"}.get(outcome(summary), "yellow")
     return Panel(Text(verdict(summary)), border_style=color, box=box.ROUNDED, padding=(0, 1))
 
 
 def _scores(summary: RunSummary) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column(f"On {summary.data.num_validation:,} held-out rows")
+    table.add_column(f"On {num_of(summary.data.num_validation, 'held-out row')}")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right", style="bold")
     table.add_column("")
     table.add_column("", style="dim")
     for score in scores(summary):
-        table.add_row(score.measure, score.before, score.after, Text(_MARKS[score.outcome], style=_COLORS[score.outcome]),
-                      score.good_direction)
+        mark = Text(_MARKS[score.outcome], style=_COLORS[score.outcome])
+        table.add_row(score.measure, score.before, score.after, mark, score.good_direction)
     return table
 
 
@@ -62,9 +61,8 @@ def _samples(samples: Sequence[Sample]) -> Table:
 
 
 def one_line(text: str, style: str = "") -> Text:
-    """Text from data or a model, safe for a terminal: no markup, no control characters, one paragraph, cut with an ellipsis."""
-    flat = re.sub(r"\s+", " ", text).strip()
-    clean = "".join(character if character.isprintable() else "\ufffd" for character in flat)
+    """Text from data or a model, safe for a terminal: no markup, no control characters, one paragraph, cut if long."""
+    clean = printable(re.sub(r"\s+", " ", text).strip())
     if not clean:
         return Text("(empty)", style="dim")
     if len(clean) > _MAX_SAMPLE_CHARACTERS:
@@ -75,15 +73,16 @@ def one_line(text: str, style: str = "") -> Text:
 def _cost(summary: RunSummary) -> Table:
     training, model = summary.training, summary.model
     where = "RAM" if summary.device.kind == "cpu" else summary.device.name
-    phases = ", ".join(f"{phase} {format_seconds(seconds)}" for phase, seconds in summary.seconds.items())
+    phases = ", ".join(f"{phase} {format_seconds(seconds)}" for phase, seconds in summary.seconds.items()
+                       if seconds >= 0.05)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_header=False)
     table.add_column("", style="dim", no_wrap=True)
     table.add_column("", overflow="fold")
     rows = (
         ("peak memory", f"{format_bytes(summary.peak_bytes)} of {where}; budget {format_bytes(summary.budget_bytes)}"),
-        ("trainable", f"{model.trainable_parameters:,} parameters, {model.trainable_share:.2%} of the base's"),
+        ("trainable", f"{model.trainable_parameters:,} parameters, {100 * model.trainable_share:.2f} % of the base's"),
         ("time", f"{format_seconds(summary.total_seconds)} ({phases})"),
-        ("speed", f"{training.tokens_per_second:,.0f} tokens/s over {training.num_steps:,} steps"),
+        ("speed", f"{training.tokens_per_second:,.0f} tokens/s over {num_of(training.num_steps, 'step')}"),
     )
     for name, text in rows:
         table.add_row(name, Text(text))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from qlora.hardware import limit_memory, reset_peak_memory
 from qlora.planning.choose import budget_of
 from qlora.progress import Progress
 from qlora.recipe import Recipe
-from qlora.training.setup import Setup, prepare, refuse_bad_data
+from qlora.training.setup import Setup, library_versions, prepare
 from qlora.units import format_bytes
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> RunResult:
     progress = progress or Progress()
     clock = Clock()
     setup = clock.time("prepare", lambda: prepare(recipe, progress))
-    refuse_bad_data(setup.data)
+    setup.data.refuse_errors()
     folder = make_run_folder(recipe)
     write_json(folder / "resolved.json", resolved(setup))
     write_json(folder / "plan.json", setup.plan.to_json())
@@ -137,17 +136,13 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 def resolved(setup: Setup) -> dict[str, Any]:
     """The recipe with every value filled in and where each came from; `qlora train` runs it again from `recipe`."""
-    import platform
-    from importlib.metadata import version
-
-    libraries = ("qlora", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
     return {
         "recipe": setup.recipe.model_dump(exclude_unset=True),
         "settings": {key: vars(decision) for key, decision in setup.plan.decisions.items()},
         "model": {"base": setup.recipe.model.base, "revision": getattr(setup.config, "_commit_hash", None),
                   "architecture": setup.architecture.model_type, "parameters": setup.architecture.num_parameters},
-        "data": {"files": setup.data.files, "sha256": setup.data.sha256, "fingerprint": setup.data.fingerprint},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "data": {"files": setup.data.rowset.files, "sha256": setup.data.rowset.sha256, "fingerprint": setup.data.fingerprint},
+        "versions": library_versions(),
     }
 
 
@@ -303,18 +298,10 @@ def evaluate(setup: Setup, trainer: AdapterTrainer, progress: Progress, when: st
     with progress.stage(f"Held-out answers {when} training") as update:
         answers = answer(
             trainer.model, setup.tokenizer, [sample.prompt_ids for sample in samples],
-            max_new_tokens=min(longest + 8, _MAX_ANSWER_TOKENS), stop_ids=stop_ids(setup), progress=update,
+            max_new_tokens=min(longest + 8, _MAX_ANSWER_TOKENS), stop_ids=setup.data.stop_ids, progress=update,
         )
     match = exact_match(answers, [sample.reference for sample in samples])
     return replace(found, exact_match=match, num_answers=len(answers), answers=tuple(answers))
-
-
-def stop_ids(setup: Setup) -> list[int]:
-    """Tokens that end an answer: the tokenizer's eos, and the token with which the trained turns of this data end."""
-    last = Counter(row.labels[-1] for row in setup.data.train if row.labels[-1] != -100)
-    last.update(next((t for t in reversed(row.labels) if t != -100), -100) for row in setup.data.train)
-    common = [token for token, count in last.most_common(1) if count >= 0.9 * len(setup.data.train)]
-    return [token for token in dict.fromkeys([setup.tokenizer.eos_token_id, *common]) if token is not None]
 
 
 def save_adapter(model: PeftModel, setup: Setup, folder: Path) -> Path:

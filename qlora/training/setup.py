@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora.architecture import Architecture, TargetSelection, describe, find_config, inspection, lora_parameters, select_targets
+from qlora.architecture import Architecture, TargetSelection, describe, find_config, lora_parameters, select_targets
 from qlora.data import PreparedData
 from qlora.data import prepare as prepare_data
-from qlora.errors import DataError, RecipeError
+from qlora.errors import ModelError, RecipeError
 from qlora.hardware import Device, find_device
 from qlora.model.build import load_tokenizer, locate_base
 from qlora.planning.choose import Facts, budget_of, choose
@@ -59,6 +58,25 @@ def prepare(recipe: Recipe, progress: Progress | None = None) -> Setup:
     return Setup(recipe, base, device, precision, config, architecture, tokenizer, data, selection, plan)
 
 
+def check(recipe: Recipe, progress: Progress, *, data_only: bool = False) -> tuple[PreparedData, Plan | None]:
+    """What `qlora check` looks at: the recipe, the rows, the model's config, and the plan that follows. No weights.
+
+    Args:
+        data_only: leave the tokenizer and the model alone; rows and formats are checked, tokens are not counted, and
+            there is no plan.
+
+    Raises:
+        QloraError: rows that cannot be read, a model that cannot be found.
+    """
+    if data_only:
+        return read_data(recipe, None, None, progress), None
+    try:
+        setup = prepare(recipe, progress)
+    except ModelError as error:
+        raise ModelError(error.problem, f"{error.fix}\nWithout the model, `qlora check --data-only` checks the rows.") from error
+    return setup.data, setup.plan
+
+
 def find_model(recipe: Recipe, progress: Progress) -> tuple[str, PreTrainedConfig, Architecture]:
     """Where the model is, its config, and what the config says of its layers. Reads no weights.
 
@@ -84,20 +102,10 @@ def read_data(
         return prepare_data(
             settings.path, tokenizer, split=settings.split, format=settings.format, columns=settings.columns,
             validation=settings.validation, max_rows=settings.max_rows, max_length=settings.max_length,
-            chat_template=settings.chat_template, train_on=settings.train_on, on_bad_row=settings.on_bad_row,
-            sample_rows=recipe.train.sample_rows, seed=recipe.train.seed, context_limit=max_positions, progress=update,
+            chat_template=settings.chat_template, train_on=settings.train_on, packing=settings.packing,
+            on_bad_row=settings.on_bad_row, num_samples=recipe.train.sample_rows, seed=recipe.train.seed,
+            context_limit=max_positions, progress=update,
         )
-
-
-def refuse_bad_data(data: PreparedData) -> None:
-    """Stop where the data holds nothing to learn from.
-
-    Raises:
-        DataError: with every finding of level "error".
-    """
-    errors = [finding for finding in data.findings if finding.level == "error"]
-    if errors:
-        raise DataError("\n".join(f.text for f in errors), "\n".join(dict.fromkeys(f.fix for f in errors if f.fix)))
 
 
 def make_plan(
@@ -112,27 +120,37 @@ def make_plan(
         num_sequences = len(as_dataset(data.train, pack_to=data.max_length))
     facts = Facts(
         device=device, precision=precision, num_parameters=architecture.num_parameters, num_train_rows=num_sequences,
-        num_validation_rows=len(data.validation), max_length=data.max_length, max_length_reason=data.max_length_reason,
+        num_validation_rows=len(data.validation), max_length=data.max_length, max_length_reason=_why_length(data),
+        data_format=data.rowset.format, data_format_reason=data.rowset.format_reason,
     )
     decisions, num_steps = choose(recipe, facts)
     settings = {key: decision.value for key, decision in decisions.items()}
     check_checkpoints(settings)
     num_adapter = lora_parameters(selection, settings["lora.r"])
-    facts_of_base = inspection(architecture, selection, settings["lora.r"])
     width = _BYTES[precision.compute]
     adapter_bytes = num_adapter * _BYTES[precision.adapters]
     # AdamW keeps two numbers of the adapters' type for each weight; the 8-bit kind two bytes.
     state_bytes = 2 * adapter_bytes if settings["train.optimizer"] == "adamw" else 2 * num_adapter
+    # Norms and, in a mixture of experts, all experts: counted with the base, in 16 bit.
+    rest = (architecture.num_parameters - architecture.quantised_parameters - architecture.embedding_parameters
+            - architecture.head_parameters)
     parts = {
-        "base": facts_of_base["bytes"]["nf4"],
+        "base": architecture.quantised_bytes + rest * width,
         "embeddings": architecture.embedding_parameters * width,
-        "head": 0 if architecture.tied_embeddings else architecture.head_parameters * width,
+        "head": architecture.head_parameters * width,
         "adapters": adapter_bytes, "gradients": adapter_bytes, "optimizer": state_bytes,
     }
     return Plan(
         model=recipe.model.base, device=device.name, budget_bytes=budget_of(recipe, device), decisions=decisions,
         parts=parts, num_steps=num_steps,
     )
+
+
+def _why_length(data: PreparedData) -> str:
+    longest = data.lengths.max
+    if data.max_length >= longest:
+        return f"the longest of {len(data.rowset.rows):,} rows has {longest:,.0f} tokens"
+    return f"rows go up to {longest:,.0f} tokens; {data.fit.num_truncated:,} are cut"
 
 
 def check_checkpoints(settings: dict[str, Any]) -> None:
@@ -148,3 +166,12 @@ def check_checkpoints(settings: dict[str, Any]) -> None:
             "one would not be on disk.",
             f"Set train.save_every to a multiple of {evaluate}, or train.keep: last.",
         )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of every library whose change could change a run."""
+    import platform
+    from importlib.metadata import version
+
+    libraries = ("qlora", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}

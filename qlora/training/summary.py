@@ -1,0 +1,109 @@
+"""Gather what a run did into the plain data that the report is written from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora.architecture import lora_parameters
+from qlora.evaluation import Evaluation
+from qlora.hardware import peak_memory_bytes
+from qlora.results.facts import DataFacts, ModelFacts, RunSummary, Sample, TrainingFacts
+from qlora.results.report import reproduce_command
+from qlora.training.setup import Setup, library_versions
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_NUM_SAMPLES = 3
+
+
+def summarise(
+    setup: Setup, model: PeftModel, folder: Path, rows: Sequence[Mapping[str, Any]], before: Evaluation | None,
+    after: Evaluation | None, seconds: Mapping[str, float],
+) -> RunSummary:
+    """Everything a report says. `rows` are the lines of metrics.jsonl."""
+    steps = [row for row in rows if "loss" in row]
+    step_seconds = sum(row["tokens"] / row["tokens_per_second"] for row in steps if row["tokens_per_second"])
+    tokens = sum(row["tokens"] for row in steps)
+    data, settings = setup.data, setup.plan.settings
+    return RunSummary(
+        name=setup.recipe.name,
+        folder=str(folder),
+        command=reproduce_command(setup.recipe.source, setup.recipe.overrides),
+        finished_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        before=before,
+        after=after,
+        samples=samples(setup, before, after),
+        model=model_facts(setup, model),
+        data=DataFacts(
+            files=tuple(data.rowset.files), sha256=data.rowset.sha256, format=data.rowset.format,
+            num_rows=len(data.train_rows) + len(data.validation_rows), num_train=len(data.train),
+            num_validation=len(data.validation), max_length=data.max_length, lengths=data.lengths,
+            num_truncated=data.fit.num_truncated, num_answer_lost=data.fit.num_answer_lost,
+            num_fully_masked=data.fit.num_fully_masked, num_duplicates=data.rowset.num_duplicates,
+            num_bad_rows=len(data.bad_rows), findings=tuple(data.findings),
+        ),
+        training=TrainingFacts(
+            num_steps=steps[-1]["step"] if steps else 0, epochs=steps[-1]["epoch"] if steps else 0.0, tokens=tokens,
+            trained_tokens=sum(row["trained_tokens"] for row in steps),
+            tokens_per_second=tokens / step_seconds if step_seconds else 0.0,
+        ),
+        peak_bytes=peak_memory_bytes(setup.device),
+        budget_bytes=setup.plan.budget_bytes,
+        seconds=dict(seconds),
+        settings=setup.plan.decisions,
+        device=setup.device,
+        versions=library_versions(),
+        notes=notes(setup, settings),
+    )
+
+
+def samples(setup: Setup, before: Evaluation | None, after: Evaluation | None) -> tuple[Sample, ...]:
+    """Three held-out rows, spread over those that were answered, with both answers."""
+    if before is None or after is None or not before.answers:
+        return ()
+    found = setup.data.samples
+    picked = [i * len(found) // min(_NUM_SAMPLES, len(found)) for i in range(min(_NUM_SAMPLES, len(found)))]
+    return tuple(
+        Sample(prompt=found[i].prompt, reference=found[i].reference, before=before.answers[i], after=after.answers[i])
+        for i in picked
+    )
+
+
+def model_facts(setup: Setup, model: PeftModel) -> ModelFacts:
+    """The base and its adapters as they were built."""
+    import bitsandbytes as bnb
+
+    architecture = setup.architecture
+    return ModelFacts(
+        base=setup.recipe.model.base,
+        revision=getattr(model.config, "_commit_hash", None) or setup.recipe.model.revision,
+        model_type=architecture.model_type,
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        vocab_size=architecture.vocab_size,
+        num_parameters=architecture.num_parameters,
+        quantised_parameters=architecture.quantised_parameters,
+        num_4bit_modules=sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
+        num_adapted_modules=setup.selection.num_modules,
+        trainable_parameters=lora_parameters(setup.selection, setup.plan.settings["lora.r"]),
+    )
+
+
+def notes(setup: Setup, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a person should know about this run, one line each."""
+    from qlora import guidance
+
+    lines = list(setup.selection.notes)
+    r, alpha = settings["lora.r"], settings["lora.alpha"]
+    offers = (guidance.offer_smaller_rank(len(setup.data.train), r),
+              guidance.check_learning_rate(settings["train.learning_rate"], r, alpha))
+    lines += [f"{offer.reason[0].upper()}{offer.reason[1:]}" for offer in offers if offer is not None]
+    if setup.recipe.model.trust_remote_code:
+        lines.append("Python code that came with the model was run, because model.trust_remote_code is true.")
+    if setup.recipe.model.weights == "random":
+        lines.append("The base has random weights: this run shows memory and speed, not learning.")
+    return tuple(lines)

@@ -26,7 +26,13 @@ Fine-tune a large language model on one small GPU: a frozen 4-bit base, trainabl
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no positional words after an option, but people write `qlora train recipe.yaml --debug lora.r=8`.
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
     if options.run is None:
         parser.print_help()
         return 0

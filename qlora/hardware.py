@@ -87,24 +87,30 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def limit_memory(device: Device, budget_bytes: int) -> None:
-    """Hold the run to `budget_bytes` of the GPU, so that a plan for a small card is true on a larger one.
-
-    The cap counts what torch's allocator takes, without the CUDA context. On a CPU there is no such cap.
+def usable_bytes(device: Device, budget_bytes: int) -> int:
+    """The part of a budget that the device has. A card sold as "8 GB" reports a little less, so a budget up to a tenth
+    above what is there means all of it.
 
     Raises:
-        HardwareError: the card is smaller than the budget.
+        HardwareError: a GPU that is smaller than the budget by more than that.
     """
-    if device.kind != "cuda":
-        return
-    import torch
-
-    if budget_bytes > device.memory_bytes:
+    if device.kind == "cuda" and budget_bytes > device.memory_bytes * 1.1:
         raise HardwareError(
             f"memory.budget is {format_bytes(budget_bytes)}, but {device.name} has {format_bytes(device.memory_bytes)}.",
             "Leave memory.budget at auto, or name at most what the card has.",
         )
-    torch.cuda.set_per_process_memory_fraction(budget_bytes / device.memory_bytes, 0)
+    return min(budget_bytes, device.memory_bytes)
+
+
+def limit_memory(device: Device, budget_bytes: int) -> None:
+    """Hold the run to `budget_bytes` of the GPU, so that a plan for a small card is true on a larger one.
+
+    The cap counts what torch's allocator takes, without the CUDA context. On a CPU there is no such cap.
+    """
+    if device.kind == "cuda":
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / device.memory_bytes), 0)
 
 
 def reset_peak_memory(device: Device) -> None:

@@ -53,6 +53,7 @@ def test_raw_formats_stay_raw(tmp_path):
     ("alpaca", {"instruction": "task", "output": "result"}, {"task": "q", "result": "a"}, [U, A]),
     ("messages", {"messages": "chat"}, {"chat": [U, A]}, [U, A]),
     ("messages", {"messages": "chosen"}, {"chosen": [U, A], "rejected": [U]}, [U, A]),
+    ("messages", {"messages": "dump"}, {"dump": [FROM_U, FROM_A]}, [U, A]),
     ("sharegpt", {"conversations": "dump"}, {"dump": [FROM_U, FROM_A]}, [U, A]),
 ])
 def test_a_mapping_says_the_format_too(format, columns, values, expected, tmp_path):

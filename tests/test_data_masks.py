@@ -75,15 +75,28 @@ def test_thinking_is_trained_where_the_template_keeps_it(tmp_path):
     thought = "<think>\nhow are you\n</think>\n\nfine"
     rows = rows_of(tmp_path, [("user", "a"), ("assistant", thought), ("user", "b"), ("assistant", thought)])
     assert trained_text(tokenise(rows, tokenizer)[0], tokenizer) == ["fine<|im_end|>", thought + "<|im_end|>"]
+    # The made-up answer that the place is found with must not be one that the row has.
+    rows = rows_of(tmp_path, [("user", "Qzxvanswer"), ("assistant", thought), ("user", "b"), ("assistant", "Qzxvanswer")])
+    assert trained_text(tokenise(rows, tokenizer)[0], tokenizer)[0] == "fine<|im_end|>"
 
 
-def test_an_answer_that_cannot_be_located_is_refused_and_not_guessed(tmp_path):
-    # A template that writes an answer differently by what it says: no prompt, no prefix, no frame around it holds.
-    fickle = ("{% if messages | length > 2 and messages[1].content | length > 2 and messages[1].content[0] != 'Q' %}odd {% endif %}"
-              "{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}?{% endif %}")
-    rows = rows_of(tmp_path, [("user", "a"), ("assistant", "answer"), ("user", "b"), ("assistant", "c")])
+# Writes an answer differently by what it says: no prompt, no prefix, no frame around it holds.
+FICKLE = (
+    "{% if messages | length > 2 and messages[1].content[0] != 'Q' %}odd {% endif %}{% for m in messages %}"
+    "{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+)
+# Drops all thinking and ends no turn: nothing at all is left of an answer that only thinks.
+DROPPING = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template, answer", [(FICKLE, "answer"), (DROPPING, "<think>hm</think>")])
+def test_an_answer_that_cannot_be_located_is_refused_and_not_guessed(template, answer, tmp_path):
+    rows = rows_of(tmp_path, [("user", "a"), ("assistant", answer), ("user", "b"), ("assistant", "c")])
     with pytest.raises(DataError, match=r"rows\.jsonl:1: the answer in message 2 cannot be located exactly"):
-        tokenise(rows, byte_tokenizer(fickle))
+        tokenise(rows, byte_tokenizer(template))
 
 
 def test_real_sentencepiece_like_tokenizer(shared, tmp_path):

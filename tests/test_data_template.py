@@ -116,6 +116,7 @@ def test_a_template_that_wants_ids_gets_them(tmp_path):
     (row,) = tokenise(tool_rows(tmp_path), tokenizer)
     call = json.dumps(CALL, ensure_ascii=False)
     assert trained_text(row, tokenizer) == [f"[CALLS] {call} call00000<|endoftext|>", " It is 2.<|endoftext|>"]
+    assert "[RESULT] 2" in tokenizer.decode(row.input_ids)
 
 
 @pytest.mark.parametrize("template, turns, said", [

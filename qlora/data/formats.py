@@ -96,10 +96,8 @@ def _has_required(format: str, found: Mapping[str, str]) -> bool:
 
 def _looks_like(format: str, found: Mapping[str, str], rows: Sequence[Mapping[str, Any]], mapped: bool) -> bool:
     """Whether the values have the shape that the format's columns promise."""
-    if format in ("text", "alpaca"):
+    if format in ("text", "alpaca", "question_answer"):
         return True
-    if format == "question_answer":  # questions that are lists are benchmark prompts
-        return not any(isinstance(row.get(found["question"]), list) for row in rows)
     if format == "prompt_completion" or (format == "messages" and "messages" not in found):
         as_list = any(parse_list(row.get(found["completion"])) is not None for row in rows)
         return as_list == (format == "messages")

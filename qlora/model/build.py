@@ -53,6 +53,28 @@ def load_tokenizer(
         raise _explain(error, base, "tokenizer") from error
 
 
+def stand_in_tokenizer(base: str, vocab_size: int) -> tuple[PreTrainedTokenizerBase, bool]:
+    """A tokenizer for a base with random weights, without a download: the base's own where it is on this machine, else
+    the embedded base's. The second value says that it is a stand-in.
+
+    Raises:
+        ModelError: the model's vocabulary is smaller than the stand-in's.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base, local_files_only=True), False
+    except (OSError, ValueError, KeyError, ImportError):
+        tokenizer = load_tokenizer(locate_base(TINY))
+    if len(tokenizer) > vocab_size:
+        raise ModelError(
+            f"{base} has a vocabulary of {vocab_size:,} tokens and no tokenizer on this machine; the one that would stand in "
+            f"for it has {len(tokenizer):,}.",
+            "Name a folder that holds the model's tokenizer.",
+        )
+    return tokenizer, True
+
+
 def quantisation(precision: Precision) -> BitsAndBytesConfig:
     """NF4 with double quantisation (QLoRA, https://arxiv.org/abs/2305.14314, section 3): 4.127 bits a weight."""
     from transformers import BitsAndBytesConfig
@@ -242,7 +264,7 @@ def _explain(error: Exception, base: str, what: str) -> ModelError:
         return ModelError(f"{base} is gated or private on the Hub.",
                           f"Accept its licence at https://huggingface.co/{base}, then run `hf auth login`.")
     if "offline" in lowered or "connect" in lowered or "resolve" in lowered or "couldn't reach" in lowered:
-        return ModelError(f"The {what} of {base} are not in the local cache, and the Hub cannot be reached.",
+        return ModelError(f"{base}: its {what} cannot be found on this machine, and the Hub cannot be reached.",
                           "Connect once, or name a folder that holds the model.")
     if "trust_remote_code" in text:
         return ModelError(f"{base} comes with Python code of its own, which is not run by default.",

@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora import guidance
 from qlora.errors import RecipeError
-from qlora.hardware import Device
+from qlora.hardware import Device, usable_bytes
 from qlora.planning.plan import Decision
 from qlora.precision import Precision
 from qlora.recipe import Recipe
@@ -38,8 +38,14 @@ class Facts:
 
 
 def budget_of(recipe: Recipe, device: Device) -> int:
-    """Bytes the run may take: the recipe's budget, or all of the device."""
-    return device.memory_bytes if recipe.memory.budget == "auto" else parse_size(recipe.memory.budget)
+    """Bytes the run may take: the recipe's budget, or all of the device.
+
+    Raises:
+        HardwareError: the GPU is smaller than the budget.
+    """
+    if recipe.memory.budget == "auto":
+        return device.memory_bytes
+    return usable_bytes(device, parse_size(recipe.memory.budget))
 
 
 def choose(recipe: Recipe, facts: Facts) -> tuple[dict[str, Decision], int]:

@@ -357,7 +357,12 @@ def write_results(
     from qlora.training.summary import summarise
 
     summary = summarise(setup, model, folder, rows, before, after, clock.seconds)
-    draw_all(rows, setup.data.lengths.histogram, setup.data.max_length, folder / "plots")
+    lengths = setup.data.lengths
+    draw_all(
+        rows, lengths.histogram, setup.data.max_length, folder / "plots",
+        max_grad_norm=setup.plan.settings["train.max_grad_norm"],
+        length_percentiles={"p50": lengths.p50, "p95": lengths.p95},
+    )
     write_report(summary, folder)
     return summary
 

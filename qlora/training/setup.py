@@ -10,7 +10,7 @@ from qlora.data import PreparedData
 from qlora.data import prepare as prepare_data
 from qlora.errors import ModelError, RecipeError
 from qlora.hardware import Device, find_device
-from qlora.model.build import load_tokenizer, locate_base
+from qlora.model.build import load_tokenizer, locate_base, stand_in_tokenizer
 from qlora.planning.choose import Facts, budget_of, choose
 from qlora.planning.plan import Plan
 from qlora.precision import Precision, choose_precision
@@ -37,6 +37,7 @@ class Setup:
     data: PreparedData
     selection: TargetSelection
     plan: Plan
+    notes: tuple[str, ...] = ()
 
 
 def prepare(recipe: Recipe, progress: Progress | None = None) -> Setup:
@@ -50,12 +51,10 @@ def prepare(recipe: Recipe, progress: Progress | None = None) -> Setup:
     precision = choose_precision(recipe.model.dtype, device)
     base, config, architecture = find_model(recipe, progress)
     selection = select_targets(architecture, recipe.lora.targets)
-    tokenizer = load_tokenizer(
-        base, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
-    )
+    tokenizer, notes = find_tokenizer(recipe, base, architecture, progress)
     data = read_data(recipe, tokenizer, architecture.max_positions, progress)
     plan = make_plan(recipe, device, precision, architecture, selection, data)
-    return Setup(recipe, base, device, precision, config, architecture, tokenizer, data, selection, plan)
+    return Setup(recipe, base, device, precision, config, architecture, tokenizer, data, selection, plan, notes)
 
 
 def check(recipe: Recipe, progress: Progress, *, data_only: bool = False) -> tuple[PreparedData, Plan | None]:
@@ -87,6 +86,23 @@ def find_model(recipe: Recipe, progress: Progress) -> tuple[str, PreTrainedConfi
         base = locate_base(recipe.model.base, lambda share, text: update(round(share * 100), 100))
         config = find_config(base, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
         return base, config, describe(config)
+
+
+def find_tokenizer(
+    recipe: Recipe, base: str, architecture: Architecture, progress: Progress
+) -> tuple[PreTrainedTokenizerBase, tuple[str, ...]]:
+    """The model's tokenizer, and what there is to say about it.
+
+    Raises:
+        ModelError: it cannot be had. With random weights the embedded base's stands in.
+    """
+    with progress.stage(f"Finding the tokenizer of {recipe.model.base}"):
+        if recipe.model.weights == "random":
+            tokenizer, stands_in = stand_in_tokenizer(base, architecture.vocab_size)
+            note = "Rows are read with the tokenizer of builtin:tiny, because the model's own is not on this machine."
+            return tokenizer, (note,) if stands_in else ()
+        found = load_tokenizer(base, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+        return found, ()
 
 
 def read_data(

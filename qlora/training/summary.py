@@ -17,6 +17,8 @@ from qlora.training.setup import Setup, library_versions
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from qlora.data import GenerationSample
+
 _NUM_SAMPLES = 3
 
 
@@ -68,9 +70,18 @@ def samples(setup: Setup, before: Evaluation | None, after: Evaluation | None) -
     found = setup.data.samples
     picked = [i * len(found) // min(_NUM_SAMPLES, len(found)) for i in range(min(_NUM_SAMPLES, len(found)))]
     return tuple(
-        Sample(prompt=found[i].prompt, reference=found[i].reference, before=before.answers[i], after=after.answers[i])
+        Sample(prompt=question(found[i]), reference=found[i].reference, before=before.answers[i], after=after.answers[i])
         for i in picked
     )
+
+
+def question(sample: GenerationSample) -> str:
+    """What a reader takes for the question: the last thing said to the model, without the template's marks."""
+    messages = sample.row.messages
+    if messages is None:
+        return sample.prompt
+    said = [message["content"] for message in messages if message["role"] != "assistant" and message.get("content")]
+    return said[-1] if said else sample.prompt
 
 
 def model_facts(setup: Setup, model: PeftModel) -> ModelFacts:
@@ -97,7 +108,7 @@ def notes(setup: Setup, settings: Mapping[str, Any]) -> tuple[str, ...]:
     """What a person should know about this run, one line each."""
     from qlora import guidance
 
-    lines = list(setup.selection.notes)
+    lines = [*setup.notes, *setup.selection.notes]
     r, alpha = settings["lora.r"], settings["lora.alpha"]
     offers = (guidance.offer_smaller_rank(len(setup.data.train), r),
               guidance.check_learning_rate(settings["train.learning_rate"], r, alpha))

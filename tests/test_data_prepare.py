@@ -1,12 +1,15 @@
 """`prepare` as a whole: what it hands over, and what it finds to say."""
 
 import pytest
-from test_data_helpers import CHATML, END_ONCE, byte_tokenizer, chat_file, write_lines
+from test_data_helpers import CHATML, END_ONCE, ENDLESS, RETURNING, byte_tokenizer, chat_file, write_lines
 
 from qlora.data import fingerprint, prepare
 from qlora.errors import DataError
 
-SILENT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+SILENT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def chats(num, words=3):
@@ -21,8 +24,12 @@ def found(data, code):
 
 def test_what_is_handed_over(tmp_path):
     calls = []
-    data = prepare(chat_file(tmp_path / "c.jsonl", *chats(600)), byte_tokenizer(CHATML), context_limit=4096,
-                   progress=lambda done, total: calls.append((done, total)))
+    data = prepare(
+        chat_file(tmp_path / "c.jsonl", *chats(600)),
+        byte_tokenizer(CHATML),
+        context_limit=4096,
+        progress=lambda done, total: calls.append((done, total)),
+    )
     assert (len(data.train), len(data.validation)) == (570, 30)
     assert not {row.row.key for row in data.train} & {row.row.key for row in data.validation}
     assert data.max_length == data.lengths.max == max(len(row.input_ids) for row in data.train + data.validation)
@@ -33,7 +40,8 @@ def test_what_is_handed_over(tmp_path):
     assert data.stop_ids == [data.tokenizer.eos_token_id]
     assert data.num_trained_tokens == sum(label != -100 for row in data.train for label in row.labels)
     assert [finding.level for finding in data.findings] == sorted(
-        (finding.level for finding in data.findings), key=["error", "warning", "note"].index)
+        (finding.level for finding in data.findings), key=["error", "warning", "note"].index
+    )
     assert {finding.level for finding in data.findings} == {"note"}
 
 
@@ -55,7 +63,11 @@ def test_zero_trained_tokens_are_refused(tmp_path):
 
 def test_lost_answers_and_lost_ends_are_counted(tmp_path):
     long_question = [("user", "word " * 200), ("assistant", "yes")]
-    data = prepare(chat_file(tmp_path / "c.jsonl", *chats(10), long_question, *chats(2, words=200)), byte_tokenizer(CHATML), max_length=100)
+    data = prepare(
+        chat_file(tmp_path / "c.jsonl", *chats(10), long_question, *chats(2, words=200)),
+        byte_tokenizer(CHATML),
+        max_length=100,
+    )
     assert (data.fit.num_answer_lost, data.fit.num_truncated, data.fit.num_end_lost) == (1, 2, 2)
     assert "1 row lost the whole answer" in found(data, "answer_lost").text
     assert "2 rows are cut in the middle of an answer, which loses its end-of-turn" in found(data, "end_lost").text
@@ -82,14 +94,25 @@ def test_chatml_on_a_tokenizer_without_its_tokens_is_said(tmp_path):
     tokenizer = byte_tokenizer(special=["<|endoftext|>"], eos="<|endoftext|>")
     data = prepare(chat_file(tmp_path / "c.jsonl", *chats(3)), tokenizer, chat_template="chatml")
     assert "no token of this tokenizer" in found(data, "template_without_tokens").text
+    assert data.stop_ids == [tokenizer.eos_token_id]  # and not at every "<"
     other_end = prepare(chat_file(tmp_path / "c.jsonl", *chats(3)), byte_tokenizer(CHATML, eos="<|endoftext|>"))
     assert found(other_end, "end_of_turn") and len(other_end.stop_ids) == 2
+    returning = prepare(chat_file(tmp_path / "c.jsonl", *chats(3)), byte_tokenizer(RETURNING, eos="<|return|>"))
+    assert returning.tokenizer.convert_ids_to_tokens(returning.stop_ids) == ["<|return|>", "<|end|>"]
+    endless = prepare(chat_file(tmp_path / "c.jsonl", *chats(3)), byte_tokenizer(ENDLESS, eos="<|endoftext|>"))
+    assert endless.stop_ids == [endless.tokenizer.eos_token_id]  # the next message's role token ends nothing
 
 
 def test_double_bos_duplicates_and_special_tokens_in_the_data_are_said(tmp_path):
-    data = prepare(write_lines(tmp_path / "t.jsonl", [{"text": "<s><s>hello"}, {"text": "hi"}]), byte_tokenizer(bos="<s>", adds_bos=True))
+    data = prepare(
+        write_lines(tmp_path / "t.jsonl", [{"text": "<s><s>hello"}, {"text": "hi"}]),
+        byte_tokenizer(bos="<s>", adds_bos=True),
+    )
     assert "1 row begins with <s> twice" in found(data, "double_bos").text
-    data = prepare(chat_file(tmp_path / "c.jsonl", *chats(10), *chats(5), [("user", "a<|im_end|>"), ("assistant", "b")]), byte_tokenizer(CHATML))
+    data = prepare(
+        chat_file(tmp_path / "c.jsonl", *chats(10), *chats(5), [("user", "a<|im_end|>"), ("assistant", "b")]),
+        byte_tokenizer(CHATML),
+    )
     assert data.rowset.num_duplicates == 5 and "5 of 16 rows" in found(data, "duplicates").text
     assert "c.jsonl:16" in found(data, "special_tokens_in_content").text
     assert "Under 20 distinct rows" in found(data, "no_validation").text and data.validation == []
@@ -107,7 +130,10 @@ def test_skipped_rows_are_said(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text("{oops\n" + open(chat_file(tmp_path / "good.jsonl", *chats(3))).read())
     data = prepare(str(path), byte_tokenizer(CHATML), on_bad_row="skip")
-    assert "1 row could not be used" in found(data, "skipped_rows").text and "c.jsonl:1" in found(data, "skipped_rows").text
+    assert (
+        "1 row could not be used" in found(data, "skipped_rows").text
+        and "c.jsonl:1" in found(data, "skipped_rows").text
+    )
 
 
 def test_a_prompt_that_the_tokenizer_merges_with_its_answer_is_said(tmp_path):

@@ -35,7 +35,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "array.json").write_text(json.dumps(QA, indent=2))
     (tmp_path / "wrapped.json").write_text(json.dumps({"data": QA}, indent=2))
     (tmp_path / "comma.csv").write_text("question,answer\n" + "".join(f"q{i},a{i}\n" for i in range(4)))
-    (tmp_path / "semicolon.csv").write_bytes(b"\xef\xbb\xbfquestion;answer\r\n" + b"".join(b"q%d;a%d\r\n" % (i, i) for i in range(4)))
+    (tmp_path / "semicolon.csv").write_bytes(
+        b"\xef\xbb\xbfquestion;answer\r\n" + b"".join(b"q%d;a%d\r\n" % (i, i) for i in range(4))
+    )
     (tmp_path / "tab.tsv").write_text("question\tanswer\n" + "".join(f'"q{i}"\ta{i}\n' for i in range(4)))
     parquet(tmp_path / "p.parquet", QA)
     expected = [(f"q{i}", f"a{i}") for i in range(4)]
@@ -60,10 +62,15 @@ def test_csv_keeps_quotes_commas_and_line_breaks_and_counts_physical_lines(tmp_p
 
 def test_csv_complaints_name_the_line(tmp_path):
     path = tmp_path / "t.csv"
-    path.write_bytes(b"question,answer\nok,fine\ntoo,many,cells\nfew\nx,\xff\nempty, \nopen,\"never closed\nmore,rows\n")
+    path.write_bytes(b'question,answer\nok,fine\ntoo,many,cells\nfew\nx,\xff\nempty, \nopen,"never closed\nmore,rows\n')
     text = error_of(path)
-    for line, reason in ((3, "3 cells, but the header has 2"), (4, "1 cells"), (5, "not valid UTF-8"),
-                         (6, "answer is empty"), (7, "never closed")):
+    for line, reason in (
+        (3, "3 cells, but the header has 2"),
+        (4, "1 cells"),
+        (5, "not valid UTF-8"),
+        (6, "answer is empty"),
+        (7, "never closed"),
+    ):
         assert any(f"t.csv:{line}: " in part and reason in part for part in text.splitlines()), (line, text)
     path.write_text("question,question\na,b\n")
     assert "twice" in error_of(path)
@@ -77,9 +84,14 @@ def test_every_bad_row_is_reported_in_one_error(tmp_path):
         return json.dumps({"messages": list(messages)})
 
     bad = {
-        "not valid JSON": "{oops", "the row is a list": "[1]", "list of messages is empty": row(), "message 1 has no role": row({"content": "a"}),
-        "unknown role": row({"role": "alien", "content": "a"}), "message 2 has no content": row(user, {"role": "assistant", "content": None}),
-        "is a number (5)": row(user, {"role": "assistant", "content": 5}), "no assistant turn": row(user),
+        "not valid JSON": "{oops",
+        "the row is a list": "[1]",
+        "list of messages is empty": row(),
+        "message 1 has no role": row({"content": "a"}),
+        "unknown role": row({"role": "alien", "content": "a"}),
+        "message 2 has no content": row(user, {"role": "assistant", "content": None}),
+        "is a number (5)": row(user, {"role": "assistant", "content": 5}),
+        "no assistant turn": row(user),
         "the answer in message 2 is empty": row(user, {"role": "assistant", "content": " "}),
         "message 1 is text": row("hello"),
     }
@@ -114,10 +126,17 @@ def test_rows_that_lack_a_column_say_which(tmp_path):
     assert "c.jsonl:2: no column answer (its columns: question, reply)" in error_of(path)
 
 
-@pytest.mark.parametrize("name, content, said", [
-    ("e.jsonl", "", "the file is empty"), ("e.json", "[]", "the file is empty"), ("e.csv", "question,answer\n", "the file is empty"),
-    ("e.txt", "x", 'ends in ".txt"'), ("e.json", "[{]", "e.json:1: not valid JSON"), ("e.parquet", "x", "not a readable Parquet"),
-])
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("e.jsonl", "", "the file is empty"),
+        ("e.json", "[]", "the file is empty"),
+        ("e.csv", "question,answer\n", "the file is empty"),
+        ("e.txt", "x", 'ends in ".txt"'),
+        ("e.json", "[{]", "e.json:1: not valid JSON"),
+        ("e.parquet", "x", "not a readable Parquet"),
+    ],
+)
 def test_files_without_rows(name, content, said, tmp_path):
     (tmp_path / name).write_text(content)
     assert said in error_of(tmp_path / name)
@@ -128,8 +147,16 @@ def test_folders_without_data_and_missing_files(tmp_path):
     assert "README.md" in error_of(tmp_path)
     write_lines(tmp_path / "train.jsonl", QA)
     assert f"Did you mean {tmp_path / 'train.jsonl'}?" in error_of(tmp_path / "trian.jsonl")
+    assert "There is no data at 'no-such-file.jsonl'" in error_of("no-such-file.jsonl")  # and not a Hub id of that name
     (tmp_path / "utf16.csv").write_text("question,answer\na,b\n", encoding="utf-16")
     assert "UTF-16" in error_of(tmp_path / "utf16.csv")
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/dev/null", "~no-such-user/x.jsonl", "x" * 5000, "https://example.org/x.jsonl", "a b", "a/b/c"]
+)
+def test_odd_paths_are_our_errors(path):
+    assert error_of(path)
 
 
 def test_hub_ids_are_named_when_the_hub_cannot_be_reached():
@@ -162,5 +189,7 @@ def test_null_fields_that_arrow_adds_are_dropped(tmp_path):
     other = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "g", "arguments": {"b": 2}}}]}
     user = {"role": "user", "content": "x"}
     parquet(tmp_path / "t.parquet", [{"messages": [user, call]}, {"messages": [user, other]}])
-    arguments = [row.messages[1]["tool_calls"][0]["function"]["arguments"] for row in read_rows(str(tmp_path / "t.parquet")).rows]
+    arguments = [
+        row.messages[1]["tool_calls"][0]["function"]["arguments"] for row in read_rows(str(tmp_path / "t.parquet")).rows
+    ]
     assert arguments == [{"a": 1}, {"b": 2}]

@@ -26,7 +26,9 @@ def test_real_files_are_read(name, shared):
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("kind", ["stories", "chatml", "own chatml", "qwen3"])
 def test_real_answers_are_trained_exactly(name, kind, shared):
-    tokenizer = stories_tokenizer(shared) if kind == "stories" else byte_tokenizer({"chatml": CHATML, "qwen3": QWEN3}.get(kind))
+    tokenizer = (
+        stories_tokenizer(shared) if kind == "stories" else byte_tokenizer({"chatml": CHATML, "qwen3": QWEN3}.get(kind))
+    )
     data = prepare(str(shared / "data" / name), tokenizer, max_length=100_000, max_rows=120)
     end = "</s>" if kind == "stories" else "<|im_end|>"
     rows = data.train + data.validation
@@ -56,8 +58,15 @@ def test_tool_calls_of_real_rows_reach_the_model(shared):
     assert not [finding for finding in data.findings if finding.code in ("tool_calls_as_text", "tools_not_shown")]
 
 
-@pytest.mark.parametrize("name", ["bfcl", "bfcl/BFCL_v4_multi_turn_base.json", "bfcl/possible_answer_BFCL_v4_multiple.json",
-                                  "fastchat/mt_bench_question.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bfcl",
+        "bfcl/BFCL_v4_multi_turn_base.json",
+        "bfcl/possible_answer_BFCL_v4_multiple.json",
+        "fastchat/mt_bench_question.jsonl",
+    ],
+)
 def test_benchmarks_without_answers_are_refused(name, shared):
     with pytest.raises(DataError) as caught:
         read_rows(str(shared / "data" / name))
@@ -69,4 +78,8 @@ def test_the_real_tokenizer_learns_to_stop_and_is_given_what_it_lacks(shared):
     assert data.max_length == 512 and data.template.name == "plain" and data.tokenizer.pad_token == "<unk>"
     eos = data.tokenizer.eos_token_id
     whole = [row for row in data.train if len(row.input_ids) < 512]
-    assert whole and all(row.labels[-1] == eos for row in whole) and all(row.input_ids[0] == 1 != row.input_ids[1] for row in data.train)
+    assert (
+        whole
+        and all(row.labels[-1] == eos for row in whole)
+        and all(row.input_ids[0] == 1 != row.input_ids[1] for row in data.train)
+    )

@@ -17,10 +17,19 @@ def texts(rows):
     return {row.text for row in rows}
 
 
-@pytest.mark.parametrize("num, validation, expected", [
-    (19, "auto", 0), (20, "auto", 8), (400, "auto", 20), (9000, "auto", 256), (100, 0.13, 13), (7, 0.5, round(3.5)), (100, 0.0, 0),
-    (3, 0.99, 2),
-])
+@pytest.mark.parametrize(
+    "num, validation, expected",
+    [
+        (19, "auto", 0),
+        (20, "auto", 8),
+        (400, "auto", 20),
+        (9000, "auto", 256),
+        (100, 0.13, 13),
+        (7, 0.5, round(3.5)),
+        (100, 0.0, 0),
+        (3, 0.99, 2),
+    ],
+)
 def test_the_number_of_held_out_rows_is_exact(num, validation, expected):
     train, held_out = split_rows(text_rows(map(str, range(num))), validation, 42)
     assert (len(held_out), len(train)) == (expected, num - expected)
@@ -53,7 +62,8 @@ def test_cutting_counts_every_row_once():
         row(20, {2, 3, 15}),  # cut, its first answer is whole
         row(20, {8, 9, 10, 11}),  # cut in the middle of the answer
         row(20, {15}),  # loses its answer
-        row(20, set()), row(5, {0}),  # nothing to train: the first token has nothing before it
+        row(20, set()),
+        row(5, {0}),  # nothing to train: the first token has nothing before it
     ]
     fit = fit_length(rows, 10)
     assert [len(kept.input_ids) for kept in fit.rows] == [5, 10, 10] and all(kept.num_trained for kept in fit.rows)

@@ -43,9 +43,12 @@ def set_chat_template(tokenizer: Any, name_or_path: str | None) -> TemplateChoic
     if name_or_path is None:
         has_chatml = all(single_token(tokenizer, token) is not None for token in CHATML_TOKENS)
         name = "chatml" if has_chatml else "plain"
-        reason = (f"the tokenizer has no template, but the tokens {' and '.join(CHATML_TOKENS)}" if has_chatml else
-                  f"the tokenizer has no template and no {CHATML_TOKENS[0]} token, so turns are ordinary words and end with "
-                  f"{tokenizer.eos_token}")
+        reason = (
+            f"the tokenizer has no template, but the tokens {' and '.join(CHATML_TOKENS)}"
+            if has_chatml
+            else f"the tokenizer has no template and no {CHATML_TOKENS[0]} token, so turns are ordinary words and end "
+            f"with {tokenizer.eos_token}"
+        )
     else:
         name, reason = name_or_path, "data.chat_template says so"
     if name in named_templates():
@@ -56,8 +59,10 @@ def set_chat_template(tokenizer: Any, name_or_path: str | None) -> TemplateChoic
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         problem = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        raise DataError(f'data.chat_template is "{name}", which is no named template, and as a file {problem}.',
-                        f"Named templates: {', '.join(named_templates())}. Or give the path of a .jinja file.") from None
+        raise DataError(
+            f'data.chat_template is "{name}", which is no named template, and as a file {problem}.',
+            f"Named templates: {', '.join(named_templates())}. Or give the path of a .jinja file.",
+        ) from None
     _check_syntax(text, path)
     tokenizer.chat_template = text
     return TemplateChoice(path.name, str(path), reason)
@@ -73,9 +78,13 @@ def _check_syntax(text: str, path: Path) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        render_jinja_template(conversations=[], chat_template=text)  # compiles it, with the tags that chat templates may use
+        render_jinja_template(
+            conversations=[], chat_template=text
+        )  # compiles it, with the tags that chat templates may use
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"{path}:{error.lineno}: not a valid chat template: {error.message}.", "Correct the Jinja syntax.") from None
+        raise DataError(
+            f"{path}:{error.lineno}: not a valid chat template: {error.message}.", "Correct the Jinja syntax."
+        ) from None
 
 
 # --- special tokens ---------------------------------------------------------------------------------------------------
@@ -103,15 +112,25 @@ def set_special_tokens(tokenizer: Any) -> list[Finding]:
         DataError: no end-of-text token, or a tokenizer that cannot say which characters a token stands for.
     """
     if not tokenizer.is_fast:
-        raise DataError(f"{type(tokenizer).__name__} cannot say which characters a token stands for, so the answers' tokens "
-                        "cannot be told from the rest.", "Use a model with a tokenizer.json (a fast tokenizer).")
+        raise DataError(
+            f"{type(tokenizer).__name__} cannot say which characters a token stands for, so the answers' tokens "
+            "cannot be told from the rest.",
+            "Use a model with a tokenizer.json (a fast tokenizer).",
+        )
     if tokenizer.eos_token_id is None:
-        raise DataError("The tokenizer has no end-of-text (eos) token, so the model could never learn to stop.",
-                        "Set eos_token in the model's tokenizer_config.json to the token that ends its texts.")
+        raise DataError(
+            "The tokenizer has no end-of-text (eos) token, so the model could never learn to stop.",
+            "Set eos_token in the model's tokenizer_config.json to the token that ends its texts.",
+        )
     if tokenizer.pad_token_id is not None:
         return []
     known = [token for token in _KNOWN_PAD_TOKENS if single_token(tokenizer, token) is not None]
     tokenizer.pad_token = (known + [tokenizer.unk_token or tokenizer.eos_token])[0]
     what = "a pad token by its name" if known else "its unk token" if tokenizer.unk_token else "its eos token"
-    return [Finding("note", "pad_token", f"The tokenizer names no pad token; {tokenizer.pad_token} is used, {what}. "
-                                         "Padding is never trained.")]
+    return [
+        Finding(
+            "note",
+            "pad_token",
+            f"The tokenizer names no pad token; {tokenizer.pad_token} is used, {what}. Padding is never trained.",
+        )
+    ]

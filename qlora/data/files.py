@@ -1,7 +1,7 @@
 """Read JSONL, JSON, CSV and Parquet into raw rows that know their file and line.
 
-Text files are parsed here, line by line, so that every complaint names a line. A row that cannot be parsed does not stop
-the reading: it comes out as a BadRow, and the caller decides when all of them are known.
+Text files are parsed here, line by line, so that every complaint names a line. A row that cannot be parsed does not
+stop the reading: it comes out as a BadRow, and the caller decides when all of them are known.
 """
 
 from __future__ import annotations
@@ -43,15 +43,19 @@ def find_files(path: Path) -> tuple[list[Path], list[str]]:
     kinds = ", ".join(SUFFIXES)
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f'{path} ends in "{path.suffix}", which is not a kind of data file that is read here.',
-                            f"Files that are read: {kinds}.")
+            raise DataError(
+                f'{path} ends in "{path.suffix}", which is not a kind of data file that is read here.',
+                f"Files that are read: {kinds}.",
+            )
         return [path], []
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in SUFFIXES]
     others = [entry.name + ("/" if entry.is_dir() else "") for entry in entries if entry not in files]
     if not files:
         found = f"only {', '.join(others[:8])}" if others else "nothing"
-        raise DataError(f"The folder {path} holds {found}; there is no data file in it.", f"Files that are read: {kinds}.")
+        raise DataError(
+            f"The folder {path} holds {found}; there is no data file in it.", f"Files that are read: {kinds}."
+        )
     shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     return files, [f"Not read in {path}: {shown}."] if others else []
 
@@ -68,7 +72,9 @@ def read_file(path: Path, digest: Any = None) -> Iterator[RawRow | BadRow]:
             return _read_parquet(path, digest)
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.", "Check the path and its permissions.") from None
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}.", "Check the path and its permissions."
+        ) from None
     digest.update(data)
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path} is UTF-16 text; only UTF-8 is read.", "Save the file as UTF-8.")
@@ -202,8 +208,11 @@ def _csv_rows(reader: Any, delimiter: str, file: str) -> Iterator[RawRow | BadRo
         if _has_undecoded_bytes(cells):
             yield BadRow(file, line, "not valid UTF-8")
         elif len(cells) != len(header):
-            yield BadRow(file, line, f"{len(cells)} cells, but the header has {len(header)} "
-                                     f"(separated by {_DELIMITERS[delimiter]})")
+            yield BadRow(
+                file,
+                line,
+                f"{len(cells)} cells, but the header has {len(header)} (separated by {_DELIMITERS[delimiter]})",
+            )
         else:
             yield RawRow(dict(zip(header, cells)), file, line)
     if not found_any:
@@ -216,7 +225,9 @@ def _checked_header(cells: list[str], line: int, file: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f'{file}:{line}: the header names the column "{twice[0]}" twice.', "Give every column its own name.")
+        raise DataError(
+            f'{file}:{line}: the header names the column "{twice[0]}" twice.', "Give every column its own name."
+        )
     return names
 
 

@@ -1,12 +1,13 @@
 """Tell which format a data set is in, and which of its columns plays which part.
 
-The decision is made once per data set, from the columns of its first rows, and comes with its reason. A mapping given by
-the user (`data.columns`, field -> column) goes before every guess.
+The decision is made once per data set, from the columns of its first rows, and comes with its reason. A mapping given
+by the user (`data.columns`, field -> column) goes before every guess.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +19,37 @@ ROWS_LOOKED_AT = 100
 _TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog")
 # field of the format -> the column names that are taken for it without being told, in order of preference, lower case
 FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "messages": {"messages": _TURNS, "prompt": ("prompt",), "completion": ("completion",), "tools": ("tools", "functions")},
+    "messages": {
+        "messages": _TURNS,
+        "prompt": ("prompt",),
+        "completion": ("completion",),
+        "tools": ("tools", "functions"),
+    },
     "sharegpt": {"conversations": _TURNS, "tools": ("tools", "functions"), "system": ("system",)},
     "prompt_completion": {"prompt": ("prompt",), "completion": ("completion",)},
     "alpaca": {
-        "instruction": ("instruction",), "input": ("input", "context"), "output": ("output", "response"),
-        "instances": ("instances",), "system": ("system",), "history": ("history",),
+        "instruction": ("instruction",),
+        "input": ("input", "context"),
+        "output": ("output", "response"),
+        "instances": ("instances",),
+        "system": ("system",),
+        "history": ("history",),
     },
     "question_answer": {"question": (), "answer": (), "system": ("system", "system_prompt")},
     "text": {"text": ("text",)},
 }
 # Questions and answers go by many names, which only mean something in pairs: `input` alone says nothing.
 _PAIRS = (
-    ("question", "answer"), ("q", "a"), ("query", "response"), ("query", "answer"), ("question", "response"),
-    ("prompt", "response"), ("problem", "solution"), ("user", "assistant"), ("human", "assistant"), ("input", "output"),
+    ("question", "answer"),
+    ("q", "a"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("question", "response"),
+    ("prompt", "response"),
+    ("problem", "solution"),
+    ("user", "assistant"),
+    ("human", "assistant"),
+    ("input", "output"),
 )
 REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {  # one of these sets of fields must be there
     "messages": (("messages",), ("prompt", "completion")),
@@ -52,7 +70,9 @@ class Layout:
     reason: str
 
 
-def choose_layout(first_rows: Sequence[Mapping[str, Any]], format: str, columns: Mapping[str, str], source: str) -> Layout:
+def choose_layout(
+    first_rows: Sequence[Mapping[str, Any]], format: str, columns: Mapping[str, str], source: str
+) -> Layout:
     """The layout of a data set from its first rows. `format` is a name or "auto"; `source` names the data in errors.
 
     Raises:
@@ -99,7 +119,7 @@ def _looks_like(format: str, found: Mapping[str, str], rows: Sequence[Mapping[st
     if format in ("text", "alpaca", "question_answer"):
         return True
     if format == "prompt_completion" or (format == "messages" and "messages" not in found):
-        as_list = any(parse_list(row.get(found["completion"])) is not None for row in rows)
+        as_list = any(message_list(row.get(found["completion"])) is not None for row in rows)
         return as_list == (format == "messages")
     turns = [parse_list(row.get(found["messages" if format == "messages" else "conversations"])) for row in rows]
     first = next((items[0] for items in turns if items), None)
@@ -120,7 +140,17 @@ def parse_list(value: Any) -> list | None:
     return value if isinstance(value, list) else None
 
 
-def _reason(format: str, found: Mapping[str, str], present: Sequence[str], asked: str, mapping: Mapping[str, str]) -> str:
+def message_list(value: Any) -> list | None:
+    """A list, or text that is a JSON list of messages. Any other text is text, even where it looks like a list."""
+    if isinstance(value, list):
+        return value
+    items = parse_list(value) or []
+    return items if items and all(isinstance(item, dict) and "role" in item for item in items) else None
+
+
+def _reason(
+    format: str, found: Mapping[str, str], present: Sequence[str], asked: str, mapping: Mapping[str, str]
+) -> str:
     used = ", ".join(column if field == column else f"{column} (as {field})" for field, column in found.items())
     why = "data.format says so" if asked != "auto" else "data.columns says so" if mapping else "its columns say so"
     unused = [column for column in present if column not in found.values()]
@@ -135,14 +165,20 @@ def _check_mapping(columns: Mapping[str, str], present: Sequence[str], format: s
     for field, column in columns.items():
         if field not in known:
             where = f"the format {format}" if format != "auto" else "any format"
-            raise DataError(f'data.columns names "{field}", which is not a field of {where}.',
-                            f"Fields: {', '.join(known if format != 'auto' else sorted(known))}.")
+            raise DataError(
+                f'data.columns names "{field}", which is not a field of {where}.',
+                f"Fields: {', '.join(known if format != 'auto' else sorted(known))}.",
+            )
         if column not in present:
-            raise DataError(f'data.columns takes {field} from the column "{column}", which {source} does not have.',
-                            f"Its columns: {', '.join(present) or 'none'}.")
+            raise DataError(
+                f'data.columns takes {field} from the column "{column}", which {source} does not have.',
+                f"Its columns: {', '.join(present) or 'none'}.",
+            )
     if format == "auto" and not any(set(columns) <= set(fields) for fields in FIELDS.values()):
-        raise DataError(f"data.columns mixes fields of different formats: {', '.join(columns)}.",
-                        "Fields by format: " + "; ".join(f"{name}: {', '.join(fields)}" for name, fields in FIELDS.items()))
+        raise DataError(
+            f"data.columns mixes fields of different formats: {', '.join(columns)}.",
+            "Fields by format: " + "; ".join(f"{name}: {', '.join(fields)}" for name, fields in FIELDS.items()),
+        )
 
 
 def _refusal(rows: Sequence[Mapping[str, Any]], present: Sequence[str], source: str) -> DataError | None:
@@ -152,8 +188,8 @@ def _refusal(rows: Sequence[Mapping[str, Any]], present: Sequence[str], source: 
     if isinstance(first.get("question"), list):
         return DataError(
             f"{source} holds questions without answers (BFCL, a function-calling benchmark): nothing to train on.",
-            "The gold calls are in its possible_answer files, which name allowed values and not one answer. Write rows of "
-            "messages with tool_calls, or train on a data set that has them, and keep this one for evaluation.",
+            "The gold calls are in its possible_answer files, which name allowed values and not one answer. Write rows "
+            "of messages with tool_calls, or train on a data set that has them, and keep this one for evaluation.",
         )
     if "ground_truth" in columns and isinstance(first.get("ground_truth"), list):
         return DataError(
@@ -168,24 +204,32 @@ def _refusal(rows: Sequence[Mapping[str, Any]], present: Sequence[str], source: 
     if {"chosen", "rejected"} <= columns:
         lists = isinstance(first.get("chosen"), list)
         example = "{messages: chosen}" if lists or "prompt" not in columns else "{prompt: prompt, completion: chosen}"
-        return DataError(f"{source} holds pairs of a chosen and a rejected answer, which supervised fine-tuning has no use for.",
-                         f"To learn the chosen answers, set data.columns: {example}.")
+        return DataError(
+            f"{source} holds pairs of a chosen and a rejected answer, which supervised fine-tuning has no use for.",
+            f"To learn the chosen answers, set data.columns: {example}.",
+        )
     return None
 
 
-def _no_match(rows: Sequence[Mapping[str, Any]], present: Sequence[str], format: str, columns: Mapping[str, str],
-              source: str) -> DataError:
+def _no_match(
+    rows: Sequence[Mapping[str, Any]], present: Sequence[str], format: str, columns: Mapping[str, str], source: str
+) -> DataError:
     texts = [column for column in present if any(isinstance(row.get(column), str) for row in rows)] or list(present)
+    # Quoted as YAML needs it, so that the example can be copied.
+    texts = [text if re.fullmatch(r"[^\W\d][\w ]*", text) else json.dumps(text, ensure_ascii=False) for text in texts]
     first, second = (*texts, "YOUR_COLUMN", "YOUR_OTHER_COLUMN")[:2]
     found = f"{source} has the columns {', '.join(present)}" if present else f"{source} has no columns"
     if format != "auto":
         needs = " or ".join(" and ".join(fields) for fields in REQUIRED[format])
         fields = REQUIRED[format][0]
         example = ", ".join(f"{field}: {column}" for field, column in zip(fields, (first, second)))
-        return DataError(f"The format {format} needs {needs}, but {found}.",
-                         f"Say which column is which: data.columns: {{{example}}}. Or leave data.format out.")
+        return DataError(
+            f"The format {format} needs {needs}, but {found}.",
+            f"Say which column is which: data.columns: {{{example}}}. Or leave data.format out.",
+        )
     return DataError(
         f"{found}, and no format fits.",
         f"Say which column is which: data.columns: {{question: {first}, answer: {second}}} for questions and answers, "
-        f"{{prompt: {first}, completion: {second}}} for raw text with a prompt, or {{text: {first}}} to learn all of a text.",
+        f"{{prompt: {first}, completion: {second}}} for raw text with a prompt, or {{text: {first}}} to learn all of a "
+        "text.",
     )

@@ -47,21 +47,30 @@ def hub_digest(values: dict[str, Any], digest: Any) -> int:
     return len(data)
 
 
-
 def _explained(path: str, split: str, error: Exception) -> DataError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     local = "or download its files and give their folder as data.path"
     if "Unknown split" in reason:
-        return DataError(f'The Hub data set "{path}" has no split "{split}": {reason}', "Set data.split to one of these.")
+        return DataError(
+            f'The Hub data set "{path}" has no split "{split}": {reason}', "Set data.split to one of these."
+        )
     if "Config name is missing" in reason or "BuilderConfig" in reason:
         names = ", ".join(re.findall(r"'([\w.-]+)'", str(error))[:12])
-        return DataError(f'The Hub data set "{path}" comes in several configurations: {names or reason}',
-                         f"Name one after a colon, for example data.path: {path.partition(':')[0]}:NAME.")
+        return DataError(
+            f'The Hub data set "{path}" comes in several configurations: {names or reason}',
+            f"Name one after a colon, for example data.path: {path.partition(':')[0]}:NAME.",
+        )
     if "loading script" in str(error) or "scripts are no longer supported" in str(error):
-        return DataError(f'The Hub data set "{path}" needs Python code of its own to be read, which is never run here.',
-                         "Use a copy of it that is stored as Parquet or JSON, " + local + ".")
+        return DataError(
+            f'The Hub data set "{path}" needs Python code of its own to be read, which is never run here.',
+            "Use a copy of it that is stored as Parquet or JSON, " + local + ".",
+        )
     if isinstance(error, ConnectionError):
-        return DataError(f'"{path}" is no local file or folder, and the Hub cannot be reached to look for it there: {reason}.',
-                         f'If it is meant as a file, check the path. If it is on the Hub, connect, unset HF_HUB_OFFLINE, {local}.')
-    return DataError(f'"{path}" is no local file or folder, and cannot be read from the Hub: {reason}',
-                     f"Check the path or id; log in with `hf auth login` if it is private; {local}.")
+        return DataError(
+            f'"{path}" is no local file or folder, and the Hub cannot be reached to look for it there: {reason}.',
+            f"If it is meant as a file, check the path. If it is on the Hub, connect, unset HF_HUB_OFFLINE, {local}.",
+        )
+    return DataError(
+        f'"{path}" is no local file or folder, and cannot be read from the Hub: {reason}',
+        f"Check the path or id; log in with `hf auth login` if it is private; {local}.",
+    )

@@ -32,9 +32,13 @@ class FitResult:
     num_end_lost: int = 0
 
     def __add__(self, other: FitResult) -> FitResult:
-        return FitResult(self.rows + other.rows, self.num_truncated + other.num_truncated,
-                         self.num_answer_lost + other.num_answer_lost, self.num_fully_masked + other.num_fully_masked,
-                         self.num_end_lost + other.num_end_lost)
+        return FitResult(
+            self.rows + other.rows,
+            self.num_truncated + other.num_truncated,
+            self.num_answer_lost + other.num_answer_lost,
+            self.num_fully_masked + other.num_fully_masked,
+            self.num_end_lost + other.num_end_lost,
+        )
 
 
 def fit_length(token_rows: Sequence[TokenRow], max_length: int) -> FitResult:
@@ -66,8 +70,10 @@ def choose_max_length(lengths: Sequence[int], max_length: int | str, context_lim
     if max_length == "auto":
         return max(1, min(max(lengths, default=1), AUTO_MAX_LENGTH, context_limit or AUTO_MAX_LENGTH))
     if context_limit is not None and max_length > context_limit:
-        raise DataError(f"data.max_length is {max_length:,} tokens, but the model takes at most {context_limit:,}.",
-                        f"Set data.max_length to {context_limit} or less, or leave it out.")
+        raise DataError(
+            f"data.max_length is {max_length:,} tokens, but the model takes at most {context_limit:,}.",
+            f"Set data.max_length to {context_limit} or less, or leave it out.",
+        )
     return int(max_length)
 
 

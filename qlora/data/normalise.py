@@ -1,7 +1,7 @@
 """Turn one raw row of a known layout into the rows the rest of the program knows.
 
-Alpaca, question/answer, ShareGPT and OpenAI-like rows all become messages. A row that breaks a rule raises Unusable with
-the rule in words; nothing is repaired by guessing.
+Alpaca, question/answer, ShareGPT and OpenAI-like rows all become messages. A row that breaks a rule raises Unusable
+with the rule in words; nothing is repaired by guessing.
 """
 
 from __future__ import annotations
@@ -11,15 +11,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora.data.files import RawRow, describe
-from qlora.data.formats import REQUIRED, Layout, parse_list
+from qlora.data.formats import REQUIRED, Layout, message_list, parse_list
 from qlora.data.rows import Row, Unusable
 
 _ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
-    "function_call": "call", "tool_call": "call",
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "function_call": "call",
+    "tool_call": "call",
 }
 
 
@@ -44,7 +55,9 @@ def _check_columns(values: Mapping[str, Any], layout: Layout) -> None:
     choices = [fields for fields in REQUIRED[layout.format] if all(field in layout.columns for field in fields)]
     missing = [[layout.columns[field] for field in fields if layout.columns[field] not in values] for fields in choices]
     if all(missing):
-        raise Unusable(f"no column {' and no column '.join(missing[0])} (its columns: {', '.join(map(str, values)) or 'none'})")
+        raise Unusable(
+            f"no column {' and no column '.join(missing[0])} (its columns: {', '.join(map(str, values)) or 'none'})"
+        )
 
 
 def _raw_row(raw: RawRow, prompt: str | None = None, completion: str | None = None, text: str | None = None) -> Row:
@@ -52,8 +65,11 @@ def _raw_row(raw: RawRow, prompt: str | None = None, completion: str | None = No
 
 
 def _chat_row(raw: RawRow, messages: list[dict], tools: tuple[dict, ...] | None) -> Row:
-    if not any(message["role"] == "assistant" for message in messages):
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
         raise Unusable("no assistant turn, so there is nothing to learn")
+    if all(answer.get("weight") == 0 for answer in answers):
+        raise Unusable("every assistant turn has weight 0, so there is nothing to learn")
     return _readable(Row(tuple(messages), None, None, None, tools, raw.file, raw.line))
 
 
@@ -61,7 +77,9 @@ def _readable(row: Row) -> Row:
     try:
         row.key
     except UnicodeEncodeError:
-        raise Unusable("the text holds half of a surrogate pair (such as \\ud83d), which is not valid Unicode") from None
+        raise Unusable(
+            "the text holds half of a surrogate pair (such as \\ud83d), which is not valid Unicode"
+        ) from None
     return row
 
 
@@ -70,14 +88,15 @@ def _readable(row: Row) -> Row:
 
 def _prompt_completion(raw: RawRow, values: Mapping[str, Any]) -> Row:
     """Strings stay raw; lists of messages are one conversation cut in two."""
-    prompt, completion = parse_list(values["prompt"]), parse_list(values["completion"])
-    if isinstance(values["completion"], str) and not (prompt and completion):
-        text = _text(values["prompt"], "prompt", may_be_empty=True)
-        return _raw_row(raw, prompt=text, completion=_text(values["completion"], "completion", empty="the completion is empty"))
+    prompt, completion = message_list(values["prompt"]), message_list(values["completion"])
     if prompt is None or completion is None:
-        raise Unusable(f"prompt is {describe(values['prompt'])} and completion is {describe(values['completion'])}; "
-                       "both must be text, or both lists of messages")
-    return _chat_row(raw, _messages([*prompt, *completion]), _tools(values.get("tools")))
+        text = _text(values["prompt"], "prompt", may_be_empty=True)
+        return _raw_row(
+            raw, prompt=text, completion=_text(values["completion"], "completion", empty="the completion is empty")
+        )
+    # What the assistant says in the prompt is there to be read: only the completion is learnt.
+    given = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in prompt]
+    return _chat_row(raw, _messages([*given, *completion]), _tools(values.get("tools")))
 
 
 def _question_answer(values: Mapping[str, Any]) -> list[list[dict]]:
@@ -100,8 +119,14 @@ def _alpaca(values: Mapping[str, Any]) -> list[list[dict]]:
         if not question:
             raise Unusable("the instruction is empty")
         answer = _text(item.get("output"), "output", empty="the answer (output) is empty")
-        conversations.append([*_system(values), *_history(values.get("history")),
-                              _message("user", question), _message("assistant", answer)])
+        conversations.append(
+            [
+                *_system(values),
+                *_history(values.get("history")),
+                _message("user", question),
+                _message("assistant", answer),
+            ]
+        )
     return conversations
 
 
@@ -111,7 +136,11 @@ def _history(value: Any) -> list[dict]:
         return []
     if not isinstance(value, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
         raise Unusable("history is not a list of [question, answer] pairs")
-    return [_message(role, _text(text, f"history ({role})")) for pair in value for role, text in zip(("user", "assistant"), pair)]
+    return [
+        _message(role, _text(text, f"history ({role})"))
+        for pair in value
+        for role, text in zip(("user", "assistant"), pair)
+    ]
 
 
 def _turns(values: Mapping[str, Any]) -> list[list[dict]]:
@@ -171,10 +200,14 @@ def _turn(turn: Any, name: str) -> dict:
     if calls and role != "assistant":
         raise Unusable(f"{name} has tool_calls, but its role is {role_name}")
     what = {"user": f"{name} (user)", "assistant": f"the answer in {name}"}.get(role, name)
-    message = _message(role, _content(content, name, what, may_be_empty=bool(calls) or role in ("system", "tool"),
-                                      may_be_null=bool(calls)))
+    message = _message(
+        role,
+        _content(content, name, what, may_be_empty=bool(calls) or role in ("system", "tool"), may_be_null=bool(calls)),
+    )
     if calls:
         message["tool_calls"] = _calls(calls, name)
+    if role == "assistant" and (turn.get("weight") == 0 or turn.get("train") is False):  # OpenAI's and Axolotl's words
+        message["weight"] = 0
     for extra in ("reasoning_content", "name", "tool_call_id"):
         if isinstance(turn.get(extra), str):
             message[extra] = turn[extra]
@@ -187,7 +220,10 @@ def _content(value: Any, name: str, what: str, *, may_be_empty: bool, may_be_nul
             return ""
         raise Unusable(f"{name} has no content (null is allowed only beside tool_calls)")
     if isinstance(value, list):  # OpenAI's parts
-        if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in value):
+        if not all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in value
+        ):
             raise Unusable(f"the content of {name} is a list with something other than text parts in it")
         value = "".join(part["text"] for part in value)
     return _text(value, f"the content of {name}", may_be_empty=may_be_empty, empty=f"{what} is empty")
@@ -205,7 +241,7 @@ def _text(value: Any, name: str, *, may_be_empty: bool = False, empty: str = "")
 
 
 def _calls(value: Any, name: str) -> list[dict]:
-    """Calls as [{"type": "function", "function": {"name", "arguments": dict}}], from a list, one call, or its JSON text."""
+    """Calls as [{"type": "function", "function": {"name", "arguments": dict}}], from a list, one call, or JSON text."""
     if isinstance(value, str):
         value = _from_json(value, f"the function call in {name}")
     calls = []
@@ -215,7 +251,9 @@ def _calls(value: Any, name: str) -> list[dict]:
             raise Unusable(f"a function call in {name} has no name")
         arguments = function.get("arguments", function.get("parameters", {}))
         if isinstance(arguments, str):
-            arguments = _from_json(arguments, f"the arguments of {function['name']} in {name}") if arguments.strip() else {}
+            arguments = (
+                _from_json(arguments, f"the arguments of {function['name']} in {name}") if arguments.strip() else {}
+            )
         if not isinstance(arguments, dict):
             raise Unusable(f"the arguments of {function['name']} in {name} are {describe(arguments)}, not an object")
         identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}

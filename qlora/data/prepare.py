@@ -72,7 +72,7 @@ class PreparedData:
         pieces, shown = [], ""
         for end in ends:  # whole prefixes are decoded, as a tokenizer may drop the space at the begin of a piece
             text = self.tokenizer.decode(row.input_ids[:end], clean_up_tokenization_spaces=False)
-            pieces.append((text[len(shown):], trained[end - 1]))
+            pieces.append((text[len(shown) :], trained[end - 1]))
             shown = text
         return pieces
 
@@ -84,14 +84,29 @@ class PreparedData:
         """
         errors = [finding for finding in self.findings if finding.level == "error"]
         if errors:
-            raise DataError("\n".join(error.text for error in errors), "\n".join(error.fix for error in errors if error.fix))
+            raise DataError(
+                "\n".join(error.text for error in errors), "\n".join(error.fix for error in errors if error.fix)
+            )
 
 
 def prepare(
-    path: str, tokenizer: Any, *, split: str = "train", format: str = "auto", columns: Mapping[str, str] | None = None,
-    validation: float | str = "auto", max_rows: int | None = None, max_length: int | str = "auto",
-    chat_template: str | None = None, train_on: str = "answers", packing: bool = False, on_bad_row: str = "error",
-    seed: int = 42, context_limit: int | None = None, num_samples: int = 3, progress: Progress | None = None,
+    path: str,
+    tokenizer: Any,
+    *,
+    split: str = "train",
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    validation: float | str = "auto",
+    max_rows: int | None = None,
+    max_length: int | str = "auto",
+    chat_template: str | None = None,
+    train_on: str = "answers",
+    packing: bool = False,
+    on_bad_row: str = "error",
+    seed: int = 42,
+    context_limit: int | None = None,
+    num_samples: int = 3,
+    progress: Progress | None = None,
 ) -> PreparedData:
     """Read, check, split, tokenise and cut a data set.
 
@@ -123,9 +138,25 @@ def prepare(
     all_rows = [*train_rows, *validation_rows]
     if tokenizer is None:
         lengths = length_stats([row.num_characters for row in all_rows])
-        found = findings(rowset, train_rows, validation_rows, num_skipped=len(bad_rows), num_shared=num_shared)
-        return PreparedData([], [], train_rows, validation_rows, [], 0, lengths, "characters", rowset, bad_rows,
-                            FitResult([], 0, 0, 0), found, None, [], "", None)
+        found = findings(rowset, train_rows, validation_rows, bad_rows=bad_rows, num_shared=num_shared)
+        return PreparedData(
+            [],
+            [],
+            train_rows,
+            validation_rows,
+            [],
+            0,
+            lengths,
+            "characters",
+            rowset,
+            bad_rows,
+            FitResult([], 0, 0, 0),
+            found,
+            None,
+            [],
+            "",
+            None,
+        )
 
     special = set_special_tokens(tokenizer)
     template = writer = None
@@ -135,23 +166,55 @@ def prepare(
     if has_chat:
         writer = ChatWriter(tokenizer, all_rows)
     # Both sides at once, so that one error names the bad rows of both.
-    token_rows = tokenise(all_rows, tokenizer, train_on=train_on, on_bad_row=on_bad_row, rejected=bad_rows, writer=writer,
-                          progress=progress)
+    token_rows = tokenise(
+        all_rows,
+        tokenizer,
+        train_on=train_on,
+        on_bad_row=on_bad_row,
+        rejected=bad_rows,
+        writer=writer,
+        progress=progress,
+    )
     lengths = [len(row.input_ids) for row in token_rows]
     limit = choose_max_length(lengths, max_length, context_limit)
     held_out_ids = {id(row) for row in validation_rows}
     train = fit_length([row for row in token_rows if id(row.row) not in held_out_ids], limit)
     held_out_fit = fit_length([row for row in token_rows if id(row.row) in held_out_ids], limit)
-    samples = generation_samples([row.row for row in held_out_fit.rows or train.rows], tokenizer, num_samples, writer=writer)
+    samples = generation_samples(
+        [row.row for row in held_out_fit.rows or train.rows], tokenizer, num_samples, writer=writer
+    )
     measured = Measured(train.rows, held_out_fit.rows, train + held_out_fit, limit, max(lengths, default=0), samples)
     found = special + findings(
-        rowset, train_rows, validation_rows, num_skipped=len(bad_rows), num_shared=num_shared, tokenizer=tokenizer,
-        template=template, writer=writer, measured=measured)
+        rowset,
+        train_rows,
+        validation_rows,
+        bad_rows=bad_rows,
+        num_shared=num_shared,
+        tokenizer=tokenizer,
+        template=template,
+        writer=writer,
+        measured=measured,
+    )
     found += _about_packing(train.rows, limit) if packing else []
     found.sort(key=lambda finding: ("error", "warning", "note").index(finding.level))
-    return PreparedData(train.rows, held_out_fit.rows, train_rows, validation_rows, samples, limit, length_stats(lengths),
-                        "tokens", rowset, bad_rows, measured.fit, found, template, end_ids(tokenizer, writer),
-                        fingerprint(train.rows), tokenizer)
+    return PreparedData(
+        train.rows,
+        held_out_fit.rows,
+        train_rows,
+        validation_rows,
+        samples,
+        limit,
+        length_stats(lengths),
+        "tokens",
+        rowset,
+        bad_rows,
+        measured.fit,
+        found,
+        template,
+        end_ids(tokenizer, writer),
+        fingerprint(train.rows),
+        tokenizer,
+    )
 
 
 def fingerprint(token_rows: Sequence[TokenRow]) -> str:
@@ -167,7 +230,20 @@ def _about_packing(rows: Sequence[TokenRow], max_length: int) -> list[Finding]:
         return []
     mean = sum(len(row.input_ids) for row in rows) / len(rows)
     if mean * 2 <= max_length:
-        return [Finding("note", "packing", f"Packing puts about {max_length / mean:.0f} rows of {mean:.0f} tokens into one "
-                        f"sequence of {max_length:,}.")]
-    return [Finding("warning", "packing", f"Packing gains little: rows have {mean:.0f} tokens on average, over half of the "
-                    f"{max_length:,} of a sequence.", "Set data.packing: false, or a higher data.max_length.")]
+        return [
+            Finding(
+                "note",
+                "packing",
+                f"Packing puts about {max_length / mean:.0f} rows of {mean:.0f} tokens into one "
+                f"sequence of {max_length:,}.",
+            )
+        ]
+    return [
+        Finding(
+            "warning",
+            "packing",
+            f"Packing gains little: rows have {mean:.0f} tokens on average, over half of the "
+            f"{max_length:,} of a sequence.",
+            "Set data.packing: false, or a higher data.max_length.",
+        )
+    ]

@@ -18,8 +18,14 @@ from qlora.errors import DataError
 
 
 def read_rows(
-    path: str, *, split: str = "train", format: str = "auto", columns: Mapping[str, str] | None = None,
-    on_bad_row: str = "error", max_rows: int | None = None, seed: int = 42,
+    path: str,
+    *,
+    split: str = "train",
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: str = "error",
+    max_rows: int | None = None,
+    seed: int = 42,
 ) -> RowSet:
     """Read a file, a folder of files or a Hub data set into normalised rows.
 
@@ -59,8 +65,17 @@ def read_rows(
         raise DataError(f"{path} holds no rows.", "Check data.path and data.split.")
     if max_rows is not None and max_rows < len(rows):
         rows = [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), max_rows))]
-    return RowSet(rows, layout.format, source.files, source.digest.hexdigest(), source.size_bytes, bad_rows,
-                  count_duplicates(rows), layout.reason, source.notes)
+    return RowSet(
+        rows,
+        layout.format,
+        source.files,
+        source.digest.hexdigest(),
+        source.size_bytes,
+        bad_rows,
+        count_duplicates(rows),
+        layout.reason,
+        source.notes,
+    )
 
 
 class _Source:
@@ -76,14 +91,22 @@ class _Source:
 
 def _open(path: str, split: str) -> _Source:
     source = _Source()
-    local = Path(path).expanduser()
-    if local.exists():
+    try:
+        local = Path(path).expanduser()
+        exists = path.strip() != "" and local.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown ~user, a NUL character
+        raise DataError(
+            f"data.path is no path that this system takes: {error}.", "Name a file, a folder or a Hub id."
+        ) from None
+    if exists and not (local.is_file() or local.is_dir()):
+        raise DataError(f"{path} is neither a file nor a folder.", "Name a data file, or a folder of them.")
+    if exists:
         files, source.notes = find_files(local)
         source.files = [str(file) for file in files]
         source.size_bytes = sum(file.stat().st_size for file in files)
         source.items = (item for file in files for item in read_file(file, source.digest))
     elif local.suffix.lower() in SUFFIXES or not is_hub_id(path):
-        raise _no_such_file(local)
+        raise _no_such_file(path, local)
     else:
         source.files = [f"{path}[{split}]"]
         source.items = _hashed(read_hub(path, split), source)
@@ -96,21 +119,40 @@ def _hashed(rows: Iterator[RawRow], source: _Source) -> Iterator[RawRow]:
         yield row
 
 
-def _no_such_file(path: Path) -> DataError:
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+def _no_such_file(given: str, path: Path) -> DataError:
+    if "://" in given:
+        return DataError(
+            f"{given} is a web address, which is not read.", "Download the file and name it, or name a Hub id."
+        )
+    siblings = [entry.name for entry in path.parent.iterdir() if entry.exists()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
     folder = "" if path.parent.is_dir() else f" There is no folder {path.parent} either."
-    hint = f"Did you mean {path.parent / close[0]}?" if close else "Check data.path; it is relative to the recipe's folder."
-    return DataError(f"There is no data at {path}.{folder}", hint)
+    hint = (
+        f"Did you mean {path.parent / close[0]}?"
+        if close
+        else "Check data.path; it is relative to the recipe's folder."
+    )
+    return DataError(f"There is no data at {given!r}.{folder}", hint)
 
 
 def _bad_rows(bad_rows: list[BadRow], num_good: int, layout: Layout, path: str) -> DataError:
     count = f"{len(bad_rows):,} {'rows' if len(bad_rows) > 1 else 'row'}"
     if not num_good:
-        return bad_rows_error(bad_rows, f"{path} has no usable row; {count} cannot be used:",
-                              "Correct them." + (f" They were read as {layout.format} ({layout.reason}); if that is not what "
-                                                 "they are, set data.format or data.columns." if layout.reason else ""))
+        return bad_rows_error(
+            bad_rows,
+            f"{path} has no usable row; {count} cannot be used:",
+            "Correct them."
+            + (
+                f" They were read as {layout.format} ({layout.reason}); if that is not what "
+                "they are, set data.format or data.columns."
+                if layout.reason
+                else ""
+            ),
+        )
     as_format = f" as {layout.format}" if layout.reason else ""
     folders = " Files of different formats need folders of their own." if Path(path).is_dir() else ""
-    return bad_rows_error(bad_rows, f"{count} of {len(bad_rows) + num_good:,} in {path} cannot be read{as_format}:",
-                          f"Correct them, or leave them out with data.on_bad_row: skip.{folders}")
+    return bad_rows_error(
+        bad_rows,
+        f"{count} of {len(bad_rows) + num_good:,} in {path} cannot be read{as_format}:",
+        f"Correct them, or leave them out with data.on_bad_row: skip.{folders}",
+    )

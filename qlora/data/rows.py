@@ -18,8 +18,9 @@ class Row:
     """One row to learn from. Exactly one of `messages`, `prompt` + `completion` and `text` is set.
 
     `messages` are {"role": "system|user|assistant|tool", "content": str} in order, assistant ones optionally with
-    "tool_calls": [{"type": "function", "function": {"name": str, "arguments": dict}}]. `line` is 1-based: the line of a
-    JSONL or CSV file, the row of a JSON array, Parquet file or Hub data set.
+    "tool_calls": [{"type": "function", "function": {"name": str, "arguments": dict}}], and with "weight": 0 where they
+    are only read and not trained. `line` is 1-based: the line of a JSONL or CSV file, the row of a JSON array, Parquet
+    file or Hub data set.
     """
 
     messages: tuple[dict, ...] | None

@@ -41,14 +41,20 @@ class GenerationSample:
 
 
 def tokenise(
-    rows: Sequence[Row], tokenizer: Any, *, train_on: str = "answers", on_bad_row: str = "error",
-    rejected: list[BadRow] | None = None, writer: ChatWriter | None = None, progress: Progress | None = None,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    train_on: str = "answers",
+    on_bad_row: str = "error",
+    rejected: list[BadRow] | None = None,
+    writer: ChatWriter | None = None,
+    progress: Progress | None = None,
 ) -> list[TokenRow]:
     """Token ids and labels of every row, not cut yet.
 
-    Trained are the assistant's turns with their end-of-turn marker, the completion with the eos token, or the whole of a
-    text with the eos token; with `train_on="all"` every token. A BOS token is never trained, stands at most once at the
-    begin, and is put there where the tokenizer does so for any text.
+    Trained are the assistant's turns with their end-of-turn marker, the completion with the eos token, or the whole of
+    a text with the eos token; with `train_on="all"` every token. A BOS token is never trained, stands at most once at
+    the begin, and is put there where the tokenizer does so for any text.
 
     Args:
         tokenizer: a fast tokenizer with a chat template (see `set_chat_template`) and special tokens.
@@ -57,7 +63,7 @@ def tokenise(
         progress: called with (rows done, rows in all).
 
     Raises:
-        DataError: rows that the chat template rejects, or whose answers cannot be located; all of them, by file and line.
+        DataError: rows that the chat template rejects, or whose answers cannot be located, all with file and line.
     """
     if writer is None and any(row.messages is not None for row in rows):
         writer = ChatWriter(tokenizer, rows)
@@ -70,10 +76,11 @@ def tokenise(
             bad_rows.append(BadRow(row.file, row.line, str(unusable)))
     if bad_rows and (on_bad_row == "error" or not written):
         raise bad_rows_error(
-            bad_rows, f"The chat template cannot write {len(bad_rows):,} of {len(rows):,} rows:",
-            "Change these rows, set data.chat_template (chatml, plain or a .jinja file) to one that takes them, or leave them "
-            "out with data.on_bad_row: skip." if written else
-            "Change these rows, or set data.chat_template (chatml, plain or a .jinja file) to one that takes them.")
+            bad_rows,
+            f"The chat template cannot write {len(bad_rows):,} of {len(rows):,} rows:",
+            "Change these rows, or set data.chat_template (chatml, plain or a .jinja file) to one that takes them"
+            + (", or leave them out with data.on_bad_row: skip." if written else "."),
+        )
     if rejected is not None:
         rejected += bad_rows
     with_bos = adds_bos(tokenizer)
@@ -99,16 +106,22 @@ def _written(row: Row, writer: ChatWriter | None) -> Rendered:
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> Any:
-    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
-                     return_token_type_ids=False, verbose=False)
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
 
 
 def _labels(ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], text: str) -> list[int]:
     """A token is trained if it starts in a span.
 
-    Two corrections make this the same for all tokenizers. Byte-level ones report tokens of white space as empty, at their
-    end: their start is where the token before ended. SentencePiece-like ones glue a space to the word after it: where a
-    prompt ends with that space, the word would be lost to the prompt, although it is the answer's.
+    Two corrections make this the same for all tokenizers. Byte-level ones report tokens of white space as empty, at
+    their end: their start is where the token before ended. SentencePiece-like ones glue a space to the word after it:
+    where a prompt ends with that space, the word would be lost to the prompt, although it is the answer's.
     """
     labels = [IGNORED] * len(ids)
     span = 0
@@ -143,8 +156,8 @@ def generation_samples(
 ) -> list[GenerationSample]:
     """Prompts for the last answer of the first `limit` rows that have one, written as a chat program would write them.
 
-    Rows of plain text have no prompt and give no sample. The prompt's ids are the begin of the row's training ids, unless
-    the tokenizer merges the end of the prompt with the begin of the answer.
+    Rows of plain text have no prompt and give no sample. The prompt's ids are the begin of the row's training ids,
+    unless the tokenizer merges the end of the prompt with the begin of the answer.
     """
     rows = [row for row in rows if row.text is None]
     if writer is None and any(row.messages is not None for row in rows):
@@ -160,6 +173,8 @@ def generation_samples(
         ids = _encode(tokenizer, [prompt])["input_ids"][0]
         if with_bos and ids[:1] != [tokenizer.bos_token_id]:
             ids = [tokenizer.bos_token_id, *ids]
+        if not ids:  # an empty prompt, and no BOS token to begin with
+            continue
         reference = row.completion if row.messages is None else writer.reference(row)
         samples.append(GenerationSample(ids, prompt, reference, row))
     return samples

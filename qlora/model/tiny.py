@@ -48,7 +48,7 @@ class TinySettings:
     vocab_size: int = 1024
     max_positions: int = 1024
     initial_std: float = 0.06
-    num_steps: int = 220
+    num_steps: int = 240
     rows_per_step: int = 28
     max_tokens: int = 128
     learning_rate: float = 3e-3

@@ -26,15 +26,14 @@ def test_the_quickstart_teaches_what_the_base_could_not_do(root, tmp_path):
 
 
 def test_a_real_pretrained_model_learns_real_maths_text(root, shared, tmp_path):
-    """stories260K on GSM8K: 64 steps. A sketch of the same run came from 5.10 to 2.74."""
+    """stories260K on GSM8K, 64 steps: a sketch of the same run came from 5.10 to 2.74."""
     report, _ = train(
-        root / "tests" / "recipes" / "stories-gsm8k.yaml", tmp_path / "run", "data.max_length=128", "data.max_rows=600",
-        f"data.validation={shared / 'data' / 'gsm8k' / 'test.jsonl'}", "train.eval_every=0", "train.save_every=0",
+        root / "tests" / "recipes" / "stories-gsm8k.yaml", tmp_path / "run", "train.eval_every=0", "train.save_every=0",
+        f"data.validation={shared / 'data' / 'gsm8k' / 'test.jsonl'}",
         f"model={shared / 'models' / 'stories260K'}", f"data.path={shared / 'data' / 'gsm8k' / 'train.jsonl'}",
-        "train.batch=8",
     )
     assert report["before"]["loss"] > 4.5
-    assert report["after"]["loss"] < 2.8
+    assert report["after"]["loss"] < 2.74
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_the_second_call_builds_nothing(cache):
 def test_finding_a_built_base_needs_no_torch():
     script = ("import sys; from qlora.model.tiny import tiny_folder, TinySettings, _digest, cache_home\n"
               "s = TinySettings(); f = cache_home() / f'builtin-tiny-{_digest(s)}'; f.mkdir(parents=True)\n"
-              "(f / 'config.json').write_text('{}'); tiny_folder(); print('torch' in sys.modules)")
+              "[(f / n).write_text('') for n in ('config.json', 'model.safetensors', 'tokenizer.json')]; tiny_folder(); print('torch' in sys.modules)")
     import tempfile
 
     with tempfile.TemporaryDirectory() as empty:
@@ -58,6 +58,12 @@ def test_a_build_that_was_killed_is_done_again(cache, monkeypatch):
             tiny_folder(settings=SHORT)
     assert not list(cache.glob("builtin-tiny-*/config.json"))
     (cache / f"builtin-tiny-{tiny._digest(SHORT)}.part").mkdir()  # what a build that died later leaves
+    assert (tiny_folder(settings=SHORT) / "model.safetensors").is_file()
+
+
+def test_a_base_that_lost_a_file_is_made_again(cache):
+    folder = tiny_folder(settings=SHORT)
+    (folder / "model.safetensors").unlink()
     assert (tiny_folder(settings=SHORT) / "model.safetensors").is_file()
 
 

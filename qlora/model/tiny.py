@@ -21,6 +21,7 @@ from qlora.model import tiny_text
 from qlora.model.tiny_text import BEGIN, END, PAD, TURN
 
 if TYPE_CHECKING:
+    import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 _TEMPLATE = (
@@ -71,17 +72,18 @@ def tiny_folder(progress: Callable[[float, str], None] | None = None, settings: 
         OutputError: the cache cannot be written.
     """
     folder = cache_home() / f"builtin-tiny-{_digest(settings)}"
-    if (folder / "config.json").is_file():
+    if _is_complete(folder):
         return folder
     from filelock import FileLock
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not (folder / "config.json").is_file():
+            if not _is_complete(folder):
                 aside = folder.with_name(f"{folder.name}.part")
                 shutil.rmtree(aside, ignore_errors=True)
                 _build(aside, settings, progress or (lambda share, text: None))
+                shutil.rmtree(folder, ignore_errors=True)  # one that has lost files
                 os.replace(aside, folder)
     except OSError as error:
         raise OutputError(
@@ -101,6 +103,10 @@ def cache_home() -> Path:
 # --- building ----------------------------------------------------------------------------------------------------------
 
 
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
+
+
 def _digest(settings: TinySettings) -> str:
     """A name for the weights that come out: settings, text and template."""
     source = Path(tiny_text.__file__).read_bytes() + Path(__file__).read_bytes()
@@ -117,7 +123,7 @@ def _build(folder: Path, settings: TinySettings, progress: Callable[[float, str]
         model = _new_model(settings, tokenizer)
     _pretrain(model, tokenizer, settings, progress)
     folder.mkdir(parents=True)
-    # 16 bits, as real models come. config.json is what tiny_folder looks for; the whole folder appears at once anyway.
+    # 16 bits, as real models come.
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -195,7 +201,9 @@ def _pretrain(
     model.eval()
 
 
-def _pad(rows: list[list[int]], tokenizer: PreTrainedTokenizerFast, assistant: int, read_weight: float):  # type: ignore[no-untyped-def]
+def _pad(
+    rows: list[list[int]], tokenizer: PreTrainedTokenizerFast, assistant: int, read_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and loss weights, both of shape (rows, tokens): 1 for answers, less for the rest, 0 for padding."""
     import torch
 

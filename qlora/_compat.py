@@ -19,7 +19,10 @@ def prepare_environment() -> None:
       (fp32 forward and backward of a 2048 x 2048 4-bit layer on 2 cores: 57 ms, with PASSIVE 44 ms; torch 2.13,
       bitsandbytes 0.50.2). Goes when bitsandbytes links the pool that torch ships.
     - TOKENIZERS_PARALLELISM: silences the warning about forks; rows are tokenised before any worker starts.
+    - CUDA_VISIBLE_DEVICES: one card, the fastest or the first that the user names. transformers' trainer takes every card
+      it sees, and TRL (1.14 to 1.16, `SFTTrainer.__init__`) refuses to run on several from one process.
     """
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

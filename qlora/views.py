@@ -30,7 +30,8 @@ def plan_view(plan: Plan) -> RenderableType:
         elif decision.source != "default":
             table.add_row(key, Text(_shown(decision.value), style="bold"), Text(decision.reason, style="dim"))
     least = (f"Weights, gradients and optimizer state take {format_bytes(plan.least_bytes)} of {format_bytes(plan.budget_bytes)} "
-             f"on {plan.device}; activations come on top. {plan.num_steps:,} optimizer steps.")
+             f"on {plan.device}; activations come on top. The run takes {plan.num_steps:,} optimizer step"
+             f"{'' if plan.num_steps == 1 else 's'}.")
     return Group(_title(f"Plan for {plan.model}"), table, Text("Given: " + "  ".join(given), style="dim"), Text(least))
 
 

@@ -100,9 +100,17 @@ def _as_written(recipe: Recipe) -> dict[str, Decision]:
         values = getattr(recipe, section)
         for name, field in type(values).model_fields.items():
             given = recipe.is_given(f"{section}.{name}")
-            reason = "given" if given else f"default: {field.description.split('. ')[0].rstrip('.').lower()}"
+            reason = "given" if given else f"default: {_clause(field.description)}"
             decisions[f"{section}.{name}"] = Decision(getattr(values, name), "given" if given else "default", reason)
     return decisions
+
+
+def _clause(help: str) -> str:
+    """The first sentence of a setting's help, to go on with after a colon; names such as AdamW keep their capitals."""
+    sentence = help.split(". ")[0].rstrip(".")
+    first = sentence.split()[0]
+    keeps = first in ("Python", "AdamW's") or first.isupper()
+    return sentence if keeps else sentence[0].lower() + sentence[1:]
 
 
 def _optimizer(budget_bytes: int, on_gpu: bool) -> tuple[str, str, str]:
@@ -172,10 +180,12 @@ def _num_steps(recipe: Recipe, num_rows: int, micro_batch: int, accumulation: in
 def _evaluations(facts: Facts, num_steps: int) -> tuple[int, str, str]:
     if not facts.num_validation_rows:
         return 0, "derived", "there are no held-out rows"
-    return max(1, math.ceil(num_steps / _NUM_EVALUATIONS)), "rule", f"{_NUM_EVALUATIONS} evaluations in {num_steps} steps"
+    every = max(1, math.ceil(num_steps / _NUM_EVALUATIONS))
+    return every, "rule", f"about {_NUM_EVALUATIONS} evaluations a run; this one has {num_steps:,} steps"
 
 
 def _checkpoints(eval_every: int, num_steps: int) -> tuple[int, str, str]:
     if eval_every:
         return eval_every, "derived", "at each evaluation, so that the best one is on disk"
-    return max(1, math.ceil(num_steps / _NUM_EVALUATIONS)), "rule", f"{_NUM_EVALUATIONS} checkpoints in {num_steps} steps"
+    every = max(1, math.ceil(num_steps / _NUM_EVALUATIONS))
+    return every, "rule", f"about {_NUM_EVALUATIONS} checkpoints a run; this one has {num_steps:,} steps"

@@ -104,26 +104,28 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a YAML recipe, such as recipes/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="replace a setting, e.g. lora.r=32")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.setting=value", help="replace a setting, e.g. lora.r=32")
 
 
 class _SettingsHelp(argparse.RawDescriptionHelpFormatter):
     """Help that ends with every setting, from the recipe's declarations."""
 
     def format_help(self) -> str:
+        shown = super().format_help()
+        if "options:" not in shown:  # argparse asks for the usage line alone through the same method
+            return shown
         from qlora.settings import describe_settings
 
-        lines = [super().format_help(), "settings (section.setting = default):"]
+        lines = [shown, "settings (section.setting = default):"]
         for doc in describe_settings():
             lines += [f"  {doc.key} = {doc.default}", f"      {doc.help}", f"      Takes {doc.expects}."]
         return "\n".join(lines) + "\n"
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("a rank is a whole number from 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
 
 
 # --- the verbs ---------------------------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def _inspect(options: argparse.Namespace) -> int:
     config = find_config(locate_base(options.model), inspect_only=True)
     architecture = describe(config)
     targets = options.targets if options.targets in ("all", "attention", "qv") else options.targets.split(",")
-    found = inspection(architecture, select_targets(architecture, targets), options.r)
+    found = {**inspection(architecture, select_targets(architecture, targets), options.r), "model": options.model}
     if options.json:
         import json
 

@@ -231,7 +231,7 @@ def pixels(path):
     return imread(path)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:.*matplotlib", "error:.*[Gg]lyph", "error::RuntimeWarning")
 @pytest.mark.parametrize("num_steps, lost", [(1, ()), (1, (1,)), (7, (2, 3)), (300, (150,))])
 def test_plots_are_pictures(tmp_path, num_steps, lost):
     modules = set(sys.modules)

@@ -47,6 +47,7 @@ def prepare(recipe: Recipe, progress: Progress | None = None) -> Setup:
         QloraError: the machine, model, data or recipe cannot be used; nothing has been written.
     """
     progress = progress or Progress()
+    check_trackers(recipe)
     device = find_device(recipe.memory.device)
     precision = choose_precision(recipe.model.dtype, device)
     base, config, architecture = find_model(recipe, progress)
@@ -167,6 +168,20 @@ def _why_length(data: PreparedData) -> str:
     if data.max_length >= longest:
         return f"the longest of {len(data.rowset.rows):,} rows has {longest:,.0f} tokens"
     return f"rows go up to {longest:,.0f} tokens; {data.fit.num_truncated:,} are cut"
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """A tracker that is not installed is found out now, not after the model is loaded.
+
+    Raises:
+        RecipeError: names the package to install.
+    """
+    from importlib.util import find_spec
+
+    for name in recipe.train.report_to:
+        if find_spec(name) is None:
+            raise RecipeError(f"train.report_to names {name}, which is not installed.",
+                              f"Run `pip install {name}`, or leave it out: metrics.jsonl has the same figures.")
 
 
 def check_checkpoints(settings: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ Run it with `python recipes/script.py`. Other data: `python recipes/script.py my
 import sys
 from pathlib import Path
 
-from qlora import build_recipe, train
+from qlora import ConsoleProgress, build_recipe, train
 
 
 def main() -> None:
@@ -18,11 +18,12 @@ def main() -> None:
         model="builtin:tiny",
         data=rows,
         lora={"r": 16},
-        train={"epochs": 1},
+        train={"epochs": 2, "learning_rate": 3e-3},
     )
-    result = train(recipe)
+    result = train(recipe, ConsoleProgress())  # leave the second argument out to run in silence
 
     print(f"loss on held-out rows: {result.before['loss']:.3f} before, {result.after['loss']:.3f} after")
+    print(f"exact match: {result.before['exact_match']:.0%} before, {result.after['exact_match']:.0%} after")
     print(f"adapter: {result.adapter}")
     print(f"report:  {result.report}")
 

@@ -16,8 +16,7 @@ def prepare_environment() -> None:
     """Settings that count only before the libraries are imported; a value that the user has set stays.
 
     - OMP_WAIT_POLICY: torch and bitsandbytes each bring an OpenMP pool, and idle threads of one spin against the other
-      (fp32 forward and backward of a 2048 x 2048 4-bit layer on 2 cores: 57 ms, with PASSIVE 44 ms; torch 2.13,
-      bitsandbytes 0.50.2). Goes when bitsandbytes links the pool that torch ships.
+      (seen with torch 2.13 and bitsandbytes 0.50.2). Goes when bitsandbytes links the pool that torch ships.
     - TOKENIZERS_PARALLELISM: silences the warning about forks; rows are tokenised before any worker starts.
     - CUDA_VISIBLE_DEVICES: one card, the fastest or the first that the user names. transformers' trainer takes every card
       it sees, and TRL (1.14 to 1.16, `SFTTrainer.__init__`) refuses to run on several from one process.

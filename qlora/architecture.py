@@ -1,8 +1,8 @@
 """From a config to facts: how many parameters, which of them become 4-bit, and which projections can have an adapter.
 
-The model is built on the meta device, without weights, and asked; nothing is derived from a table of families. An 8B
-takes about 0.03 s. Sources: LoRA, https://arxiv.org/abs/2106.09685 (an adapter on a projection from `in` to `out` has
-r x (in + out) parameters); QLoRA, https://arxiv.org/abs/2305.14314 (NF4 with double quantisation, section 3).
+The model is built on the meta device, without weights, and asked; nothing is derived from a table of families.
+Sources: LoRA, https://arxiv.org/abs/2106.09685 (an adapter on a projection from `in` to `out` has r x (in + out)
+parameters); QLoRA, https://arxiv.org/abs/2305.14314 (NF4 with double quantisation, section 3).
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ class TrainSection(Section):
     )
     max_grad_norm: _PositiveFloat = _setting(1.0, "Gradients are scaled down to this norm.", "a number above 0")
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = _setting(
-        "auto", "8-bit state takes a quarter of the room; paged state can leave a GPU.",
+        "auto", "8-bit state takes less room; paged state can leave a GPU.",
         "auto, adamw, adamw_8bit or paged_adamw_8bit",
     )
     seed: _CountInt = _setting(42, "Seed of the split, the order, the adapters and dropout.", "a whole number from 0")
@@ -188,7 +188,7 @@ class MemorySection(Section):
         "auto", "Memory the run may take. On a GPU it is enforced. auto = all of the device.", 'auto or a size such as "8GB"'
     )
     checkpointing: Literal["auto"] | bool = _setting(
-        "auto", "Recompute activations in the backward pass: about a third slower, far less memory. auto = on for GPUs.",
+        "auto", "Recompute activations in the backward pass: slower, far less memory. auto = on for GPUs.",
         "auto, true or false",
     )
 

@@ -57,3 +57,9 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes_left:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` indices spread evenly over `count` things."""
+    num = min(count, wanted)
+    return [i * count // num for i in range(num)]

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qlora.units import format_bytes, format_count
+from qlora.units import format_bytes, format_count, spread
 
 if TYPE_CHECKING:
     from qlora.data import PreparedData
@@ -107,12 +107,6 @@ def findings_view(data: PreparedData) -> RenderableType:
         line = Text(f"{finding.level}: ", style=_LEVEL_STYLES[finding.level]).append(finding.text, style="default")
         lines.append(line.append(f" {finding.fix}", style="dim") if finding.fix else line)
     return Group(*lines)
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """Up to `wanted` indices spread evenly over `count` things."""
-    num = min(count, wanted)
-    return [i * count // num for i in range(num)]
 
 
 def _row_view(data: PreparedData, index: int) -> Text:

@@ -35,11 +35,9 @@ _TEMPLATE = (
 class TinySettings:
     """Everything that decides the weights; a change of any value gives another folder.
 
-    fp32 throughout: on CPUs without 16-bit arithmetic it is the faster type, and equal everywhere. Each row is one
-    document, since a model this young takes other documents in its row for part of the question and learns to look back
-    several times slower (answers about a message after 120 steps: 78 % right, with packed rows after 450 steps: 61 %).
-    Matrices start wide (0.06, about 1 / sqrt(hidden size)): from the usual 0.02 a model this narrow stays for long where it
-    only guesses.
+    fp32 throughout: CPUs without 16-bit arithmetic are slow at anything else. Each row is one document, since a model this
+    young takes other documents in its row for part of the question and is far slower to learn to look back. Matrices start
+    wide (0.06, about 1 / sqrt(hidden size)): from the usual 0.02 a model this narrow only guesses for long.
     """
 
     hidden_size: int = 256
@@ -60,7 +58,7 @@ class TinySettings:
 
 
 def tiny_folder(progress: Callable[[float, str], None] | None = None, settings: TinySettings = TinySettings()) -> Path:
-    """The folder of the embedded base; built at the first call, which takes about a minute on two cores.
+    """The folder of the embedded base; built at the first call, which takes about a minute and a half on two cores.
 
     Two programs that start at once build it once: the second waits. A build that is killed leaves nothing that looks
     finished.

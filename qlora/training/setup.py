@@ -9,7 +9,7 @@ from qlora.architecture import Architecture, TargetSelection, describe, find_con
 from qlora.data import PreparedData
 from qlora.data import prepare as prepare_data
 from qlora.errors import ModelError, RecipeError
-from qlora.hardware import Device, find_device
+from qlora.hardware import Device, find_device, gpu_is_hidden
 from qlora.model.build import load_tokenizer, locate_base, stand_in_tokenizer
 from qlora.planning.choose import Facts, budget_of, choose
 from qlora.planning.plan import Plan
@@ -49,6 +49,9 @@ def prepare(recipe: Recipe, progress: Progress | None = None) -> Setup:
     progress = progress or Progress()
     check_trackers(recipe)
     device = find_device(recipe.memory.device)
+    hidden = gpu_is_hidden() if device.kind == "cpu" and recipe.memory.device == "auto" else None
+    if hidden:
+        progress.note(f"Running on the CPU, although there is an NVIDIA driver: {hidden}")
     precision = choose_precision(recipe.model.dtype, device)
     base, config, architecture = find_model(recipe, progress)
     selection = select_targets(architecture, recipe.lora.targets)

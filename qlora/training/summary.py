@@ -13,6 +13,7 @@ from qlora.hardware import peak_memory_bytes
 from qlora.results.facts import DataFacts, ModelFacts, RunSummary, Sample, TrainingFacts
 from qlora.results.report import reproduce_command
 from qlora.training.setup import Setup, library_versions
+from qlora.units import spread
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -68,10 +69,9 @@ def samples(setup: Setup, before: Evaluation | None, after: Evaluation | None) -
     if before is None or after is None or not before.answers:
         return ()
     found = setup.data.samples
-    picked = [i * len(found) // min(_NUM_SAMPLES, len(found)) for i in range(min(_NUM_SAMPLES, len(found)))]
     return tuple(
         Sample(prompt=question(found[i]), reference=found[i].reference, before=before.answers[i], after=after.answers[i])
-        for i in picked
+        for i in spread(len(found), _NUM_SAMPLES)
     )
 
 

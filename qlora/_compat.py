@@ -5,7 +5,9 @@ library's code: these are settings and corrections of our own objects.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -75,3 +77,49 @@ def hide_loading_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+@contextmanager
+def pretend_device(functions: Mapping[str, Callable[..., Any]], *, triton: bool) -> Iterator[None]:
+    """Make library code that runs on meta tensors choose what it would choose on the device that is simulated.
+
+    Undone on leaving; nothing is computed inside, so nothing can come out wrong. Three choices look at the device and not
+    at the operator, so a recorder of operators does not reach them:
+
+    - `functions` stand in for those of torch.nn.functional that pick a kernel: scaled_dot_product_attention on meta takes
+      the composed form, which stores all scores. Goes when torch can be asked which kernel a device would take.
+    - torch.is_autocast_enabled: raises for meta (torch 2.13, "unknown device type for autocast"); TRL asks it.
+    - TRL's fused output head (trl.kernels.chunked_logprob, 1.15 and later) runs Triton kernels on CUDA and torch
+      operators elsewhere, which take several tiles more. The kernels take nothing and write in place.
+    """
+    import importlib
+    from importlib.util import find_spec
+
+    import torch
+    import torch.nn.functional as F
+
+    asked = torch.is_autocast_enabled
+
+    def autocast_enabled(device_type: str | None = None) -> bool:
+        return False if device_type == "meta" else asked() if device_type is None else asked(device_type)
+
+    replaced: list[tuple[Any, str, Any]] = [(F, name, value) for name, value in functions.items()]
+    replaced.append((torch, "is_autocast_enabled", autocast_enabled))
+    if triton:
+        def nothing(*args: Any, **kwargs: Any) -> None:
+            pass
+
+        chosen = {"trainer.utils": {"_use_triton": lambda device: True},
+                  "kernels.chunked_logprob": dict.fromkeys(("_forward_tile", "_backward_tile", "_addmm_fp32"), nothing)}
+        for place, values in chosen.items():
+            home = importlib.import_module(f"trl.{place}") if find_spec(f"trl.{place}") else None  # TRL 1.14 has neither
+            replaced += [(home, name, value) for name, value in values.items() if hasattr(home, name)]
+    before = [(home, name, getattr(home, name)) for home, name, _ in replaced]
+    try:
+        for home, name, value in replaced:
+            setattr(home, name, value)
+        yield
+    finally:
+        for home, name, value in before:
+            setattr(home, name, value)
+

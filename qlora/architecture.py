@@ -76,6 +76,7 @@ class Architecture:
         others: linear modules that are neither, the head left out.
         stored_quantisation: method of a checkpoint that is quantised already ("gptq", "bitsandbytes", ...), else None.
         layers_path: name of the list of layers, "model.layers".
+        attentions: implementations that the model class can run with torch alone, best first.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Architecture:
     others: tuple[Projection, ...]
     stored_quantisation: str | None
     layers_path: str
+    attentions: tuple[str, ...]
     head_name: str | None
     module_names: tuple[str, ...] = field(repr=False)
 
@@ -176,6 +178,7 @@ def describe(config: PreTrainedConfig) -> Architecture:
         others=tuple(p for p in projections if p.kind == "other"),
         stored_quantisation=None if stored is None else str(getattr(method, "value", method)),
         layers_path=layers_path,
+        attentions=("sdpa", "eager") if model._supports_sdpa else ("eager",),
         head_name=head_name,
         module_names=tuple(modules)[1:],
     )

@@ -7,125 +7,64 @@ Exit codes: 0 done; 2 you can fix it (recipe, data, model, hardware); 3 trained,
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from qlora import __version__, _compat
-from qlora.errors import QloraError
+from qlora import _compat
+from qlora.arguments import build_parser, join_sizes
+from qlora.errors import QloraError, RecipeError
+from qlora.units import MIB
 
-_DESCRIPTION = """\
-Fine-tune a large language model on one small GPU: a frozen 4-bit base, trainable 16-bit LoRA adapters.
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
-  qlora train recipes/quickstart.yaml            a first run, on a GPU or a CPU, without network
-  qlora check recipes/chat.yaml                  is the data right? no weights needed
-  qlora inspect Qwen/Qwen3-0.6B --r 16           what would be adapted, and how large is it?
-"""
+    from qlora.hardware import Device
+    from qlora.planning.plan import Plan
+    from qlora.progress import Progress
+    from qlora.recipe import Recipe
+
+# How a size looks where a card's name would do as well; nonsense such as -3GB is for `read_vram` to refuse.
+_LIKE_A_SIZE = re.compile(r"[-+]?[\d.]+\s*([kmgt]i?b)?", re.IGNORECASE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    parser = build_parser()
+    words = join_sizes(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parser.parse_known_args(words)
     # argparse takes no positional words after an option, but people write `qlora train recipe.yaml --debug lora.r=8`.
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
-    if options.run is None:
+    options.command = shlex.join(["qlora", *words])
+    if options.verb is None:
         parser.print_help()
         return 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a pipe or an old terminal may not know every sign; none is worth a crash
+            stream.reconfigure(errors="replace")
     _compat.prepare_environment()
     if not options.debug:
         _compat.quieten_libraries()
     try:
-        return options.run(options)
+        return _VERBS[options.verb](options)
     except QloraError as error:
         if options.debug:
             raise
         return _fail(error)
     except KeyboardInterrupt:
-        print("\nInterrupted. Checkpoints that were written are in the run folder.", file=sys.stderr)
+        kept = " Checkpoints that were written are in the run folder." if options.verb == "train" else ""
+        print(f"\nInterrupted.{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader of a pipe has gone; nobody is left to tell
         return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qlora", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="`qlora VERB --help` explains a verb; `qlora train --help` lists every setting of a recipe.",
-    )
-    parser.add_argument("--version", action="version", version=f"qlora {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
-    parser.set_defaults(run=None, debug=False)
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
-
-    train = verbs.add_parser(
-        "train", parents=[common], help="run a recipe", formatter_class=_SettingsHelp,
-        description="Run a recipe: plan, quantise, adapt, train, evaluate, save and report.",
-    )
-    _add_recipe(train)
-    train.set_defaults(run=_train)
-
-    check = verbs.add_parser(
-        "check", parents=[common], help="check a recipe and its data, without weights",
-        description="Check a recipe and its data: lengths, losses of rows, and three rows with the trained tokens marked. "
-        "Reads the tokenizer, no weights.",
-    )
-    _add_recipe(check)
-    check.add_argument("--data-only", action="store_true", help="do not load the tokenizer: rows and formats only")
-    check.set_defaults(run=_check)
-
-    inspect = verbs.add_parser(
-        "inspect", parents=[common], help="list a model's projections and what an adapter would add",
-        description="List the projections of a model, what target names hit, and how many parameters an adapter gets. Reads "
-        "the config alone; the models of the catalog need no network.",
-    )
-    inspect.add_argument("model", help="a Hub id, a folder with config.json, or builtin:tiny")
-    inspect.add_argument("--r", type=_positive, default=16, metavar="N", help="rank (default: 16)")
-    inspect.add_argument("--targets", default="all", help="all, attention, qv, or names: c_attn,c_proj (default: all)")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    inspect.set_defaults(run=_inspect)
-
-    push = verbs.add_parser(
-        "push", parents=[common], help="send a run's adapter to the Hub",
-        description="Send the adapter of a finished run to the Hub. Running it again finishes what was broken off.",
-    )
-    push.add_argument("folder", metavar="RUN", help="a run folder, or its adapter/ folder")
-    push.add_argument("repo", help="name or owner/name")
-    push.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
-    push.set_defaults(run=_push)
-    return parser
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a YAML recipe, such as recipes/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.setting=value", help="replace a setting, e.g. lora.r=32")
-
-
-class _SettingsHelp(argparse.RawDescriptionHelpFormatter):
-    """Help that ends with every setting, from the recipe's declarations."""
-
-    def format_help(self) -> str:
-        shown = super().format_help()
-        if "options:" not in shown:  # argparse asks for the usage line alone through the same method
-            return shown
-        from qlora.settings import describe_settings
-
-        lines = [shown, "settings (section.setting = default):"]
-        for doc in describe_settings():
-            lines += [f"  {doc.key} = {doc.default}", f"      {doc.help}", f"      Takes {doc.expects}."]
-        return "\n".join(lines) + "\n"
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
 
 
 # --- the verbs ---------------------------------------------------------------------------------------------------------
@@ -172,9 +111,197 @@ def _check(options: argparse.Namespace) -> int:
     if plan is not None:
         console.print()
         console.print(plan_view(plan))
-    bad = any(finding.level == "error" for finding in data.findings)
-    console.print("\nNot ready: see the errors above." if bad else "\nReady to train.", style="bold red" if bad else "bold green")
+    bad = any(finding.level == "error" for finding in data.findings) or (plan is not None and not plan.fits)
+    console.print("\nNot ready: see above." if bad else "\nReady to train.", style="bold red" if bad else "bold green")
     return 2 if bad else 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from qlora.console import ConsoleProgress
+    from qlora.views import compare_view, plan_view
+
+    source, overrides = _words_of_plan(options)
+    progress = ConsoleProgress()
+    _check_files(options)
+    devices = [_card(options, progress)] if options.compare is None else _compared(options.compare, progress)
+    recipe = None if source is None else _recipe_to_plan(options, source, overrides, progress)
+    plans = _plans(options, recipe, overrides, devices, progress)
+    if options.json:
+        documents = [plan.to_json() for plan in plans]
+        _print_json(documents[0] if options.compare is None else documents)
+    else:
+        _print_view(plan_view(plans[0]) if options.compare is None else compare_view(plans))
+    _keep(options, plans, recipe, progress)
+    return 0 if any(plan.fits for plan in plans) else 2
+
+
+def _words_of_plan(options: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """The recipe, if one is named, and the overrides; refuses what contradicts itself."""
+    overrides = [word for word in options.overrides if "=" in word]
+    named = [word for word in options.overrides if "=" not in word]
+    if len(named) > 1:
+        raise RecipeError(f"{' and '.join(named)} are both taken for recipes; one is planned at a time.",
+                          "Overrides are written section.setting=value, for example lora.r=32.")
+    if named and options.model:
+        raise RecipeError(f"Both the recipe {named[0]} and --model {options.model} are named.",
+                          f"To plan the recipe with another model: qlora plan {named[0]} model.base={options.model}")
+    if not named and not options.model:
+        raise RecipeError("There is nothing to plan.",
+                          "Name a recipe, or a model: qlora plan --model Qwen/Qwen3-8B --vram 8GB")
+    rows = [word for word in overrides if options.model and word.startswith(("data=", "data.path="))]
+    if rows:
+        raise RecipeError(f"{rows[0]} names rows, but --model plans without any.",
+                          "Put both into a recipe (two lines: model and data) and plan that.")
+    card = [flag for flag, value in (("--vram", options.vram), ("--gpu", options.gpu)) if value is not None]
+    if options.cpu and card:
+        raise RecipeError(f"--cpu and {card[0]} name two devices.",
+                          "Leave one out; memory.budget=8GB says how much RAM a run on the CPU may take.")
+    if options.compare is not None and (card or options.cpu):
+        raise RecipeError(f"--compare names cards, and so does {card[0] if card else '--cpu'}.",
+                          'Put every card into --compare, such as --compare "8,12,RTX 4090".')
+    if options.compare is not None and options.write:
+        raise RecipeError("--compare makes several plans, and --write keeps one.", "Leave --compare out and name one card.")
+    return named[0] if named else None, overrides
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """Places that cannot be written are found out before the planning."""
+    if options.write:
+        from qlora.results.frozen import refuse_existing
+
+        refuse_existing(Path(options.write), force=options.force)
+    if options.plot:
+        from qlora.results.plan_plots import check_picture
+
+        check_picture(Path(options.plot))
+
+
+def _card(options: argparse.Namespace, progress: Progress) -> Device | None:
+    """The card that is named, whether it is here or not; None for this machine."""
+    if options.gpu is not None:
+        return _named_card(options.gpu, options.vram, progress)
+    return None if options.vram is None else _sized_card(options.vram, progress)
+
+
+def _compared(text: str, progress: Progress) -> list[Device]:
+    """The cards of --compare: sizes and names, in the order given."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise RecipeError("--compare names no card.", "Write sizes or names: --compare 4,8,12 or --compare \"RTX 3060,24GB\".")
+    bare = [word for word in words if re.fullmatch(r"[\d.]+", word)]
+    devices = [_sized_card(f"{word}GB" if word in bare else word, progress) if _LIKE_A_SIZE.fullmatch(word)
+               else _named_card(word, None, progress) for word in words]
+    if bare:
+        progress.note(f"{', '.join(bare)}: read as sizes in GB.")
+    return devices
+
+
+def _named_card(name: str, vram: str | None, progress: Progress) -> Device:
+    """A card of the table; a size picks the variant, or the part of it that may be used."""
+    from qlora.catalog.cards import find_card
+    from qlora.hardware import device_from_card
+
+    vram_bytes = None if vram is None else _read_vram(vram, progress)
+    card = find_card(name, None if vram_bytes is None else vram_bytes // MIB)
+    if card.note:
+        progress.note(card.note)
+    return device_from_card(card, vram_bytes)
+
+
+def _sized_card(vram: str, progress: Progress) -> Device:
+    from qlora.hardware import device_from_card
+
+    return device_from_card(None, _read_vram(vram, progress))
+
+
+def _read_vram(text: str, progress: Progress) -> int:
+    from qlora.planning.budget import read_vram
+
+    vram_bytes, note = read_vram(text)
+    if note:
+        progress.note(note)
+    return vram_bytes
+
+
+def _recipe_to_plan(options: argparse.Namespace, source: str, overrides: list[str], progress: Progress) -> Recipe:
+    """The recipe, for the device that is named. Device and budget in the file are those of another machine, then."""
+    from qlora.recipe import load_recipe
+
+    recipe = load_recipe(source, [*overrides, *(["memory.device=cpu"] if options.cpu else [])])
+    if options.compare is None and options.vram is None and options.gpu is None:
+        return recipe
+    given_here = {word.partition("=")[0] for word in overrides}
+    values = {f"memory.{name}": getattr(recipe.memory, name) for name in ("device", "budget")}
+    replaced = {key: value for key, value in values.items() if value != "auto" and key not in given_here}
+    for key, value in replaced.items():
+        progress.note(f"The recipe says {key}: {value}; the card that is named here counts instead.")
+    return recipe.replace(dict.fromkeys(replaced, "auto")) if replaced else recipe
+
+
+def _plans(
+    options: argparse.Namespace, recipe: Recipe | None, overrides: list[str], devices: list[Device | None], progress: Progress
+) -> list[Plan]:
+    """One plan a device; None stands for this machine."""
+    from qlora.training.planner import compare, plan_model, plan_recipe
+
+    told = progress if options.compare is None else None  # a comparison has one bar over all cards
+
+    def plan_for(device: Device | None) -> Plan:
+        if recipe is not None:
+            return plan_recipe(recipe, device=device, progress=told)
+        return plan_model(options.model, device=device or _here(options), overrides=overrides, progress=told)
+
+    return [plan_for(devices[0])] if options.compare is None else compare(plan_for, devices, progress)
+
+
+def _here(options: argparse.Namespace) -> Device:
+    from qlora.hardware import describe_machine
+
+    return describe_machine("cpu" if getattr(options, "cpu", False) else "auto")
+
+
+def _keep(options: argparse.Namespace, plans: list[Plan], recipe: Recipe | None, progress: Progress) -> None:
+    """What --plot and --write leave on disk."""
+    if options.plot:
+        from qlora.results.plan_plots import draw_compare, draw_plan
+
+        path = Path(options.plot)
+        draw_plan(plans[0], path) if options.compare is None else draw_compare(plans, path)
+        progress.note(f"Drew {path}")
+    if options.write:
+        from qlora.results.frozen import write_frozen
+
+        write_frozen(plans[0], Path(options.write), recipe=recipe, command=options.command, force=options.force)
+        progress.note(f"Wrote {options.write}. To train it: {shlex.join(['qlora', 'train', options.write])}")
+
+
+def _models(options: argparse.Namespace) -> int:
+    from qlora.console import ConsoleProgress
+    from qlora.views import models_view, num_parameters
+
+    progress = ConsoleProgress()
+    device = _card(options, progress) or _here(options)
+    from qlora.training.planner import plan_catalog
+
+    plans = sorted(plan_catalog(device, progress), key=lambda plan: (num_parameters(plan.model) or 0, plan.model))
+    wanted = [plan for plan in plans if plan.fits or not options.fits]
+    if options.json:
+        _print_json([{"num_parameters": num_parameters(plan.model), **plan.to_json()} for plan in wanted])
+    else:
+        _print_view(models_view(wanted, num_planned=len(plans)))
+    return 0 if any(plan.fits for plan in plans) else 2
+
+
+def _print_json(document: Any) -> None:
+    import json
+
+    print(json.dumps(document, indent=2, default=str))
+
+
+def _print_view(view: RenderableType) -> None:
+    from rich.console import Console
+
+    Console().print(view)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -185,16 +312,12 @@ def _inspect(options: argparse.Namespace) -> int:
     architecture = describe(config)
     targets = options.targets if options.targets in ("all", "attention", "qv") else options.targets.split(",")
     found = {**inspection(architecture, select_targets(architecture, targets), options.r), "model": options.model}
-    if options.json:
-        import json
-
-        print(json.dumps(found, indent=2))
-        return 0
-    from rich.console import Console
-
     from qlora.views import inspection_view
 
-    Console().print(inspection_view(found))
+    if options.json:
+        _print_json(found)
+    else:
+        _print_view(inspection_view(found))
     return 0
 
 
@@ -216,3 +339,6 @@ def _fail(error: QloraError) -> int:
     if error.fix:
         console.print(Text(error.fix))
     return error.exit_code
+
+
+_VERBS = {"train": _train, "check": _check, "plan": _plan, "models": _models, "inspect": _inspect, "push": _push}

@@ -9,8 +9,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Tokens of prompts and answers in one batch: 4,096 take 0.5 GiB of cache on an 8B model.
-_TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 4096
 _MAX_ROWS_PER_BATCH = 32
+
+
+def rows_at_once(prompt_tokens: int, max_new_tokens: int, tokens_per_batch: int = TOKENS_PER_BATCH) -> int:
+    """Rows of a batch whose longest prompt has `prompt_tokens`; one at least."""
+    return max(1, min(tokens_per_batch // (prompt_tokens + max_new_tokens), _MAX_ROWS_PER_BATCH))
 
 
 def answer(
@@ -20,11 +25,13 @@ def answer(
     *,
     max_new_tokens: int,
     stop_ids: Sequence[int],
+    tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """The text that the model writes after each prompt (token ids), without special tokens, in the order of `prompts`.
 
-    Greedy, so that the same weights give the same answers. Stops at any of `stop_ids` or after `max_new_tokens`.
+    Greedy, so that the same weights give the same answers. Stops at any of `stop_ids` or after `max_new_tokens`. Rows
+    that share a batch have at most `tokens_per_batch` tokens together, answers included; the planner says how many fit.
     """
     import torch
     from transformers import GenerationConfig
@@ -38,7 +45,7 @@ def answer(
     model.eval()
     done = 0
     with torch.no_grad():
-        for batch in _batches(prompts, max_new_tokens):
+        for batch in _batches(prompts, max_new_tokens, tokens_per_batch):
             width = max(len(prompts[i]) for i in batch)
             ids = torch.full((len(batch), width), tokenizer.pad_token_id)
             mask = torch.zeros((len(batch), width), dtype=torch.long)
@@ -57,12 +64,11 @@ def answer(
     return answers
 
 
-def _batches(prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+def _batches(prompts: Sequence[list[int]], max_new_tokens: int, tokens_per_batch: int) -> list[list[int]]:
     """Indices grouped so that prompts of like length share a batch and none exceeds the token limit."""
     batches: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True):
-        room = _TOKENS_PER_BATCH // (len(prompts[batches[-1][0]]) + max_new_tokens) if batches else 0
-        if batches and len(batches[-1]) < min(room, _MAX_ROWS_PER_BATCH):
+        if batches and len(batches[-1]) < rows_at_once(len(prompts[batches[-1][0]]), max_new_tokens, tokens_per_batch):
             batches[-1].append(i)
         else:
             batches.append([i])

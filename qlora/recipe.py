@@ -106,19 +106,14 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: with every problem found, each with its place in the file.
     """
-    path = Path(path)
+    path, overrides = Path(path), tuple(overrides)
     tree, lines = _read_yaml(path)
     for section, short in SHORTHANDS.items():
         if isinstance(tree.get(section), str):
             tree[section] = {short: tree[section]}
             lines[f"{section}.{short}"] = lines.get(section, 0)
     _anchor_paths(tree, path.parent)
-    problems, overrides = [], tuple(overrides)
-    for override in overrides:
-        problem = _apply_override(tree, override, lines)
-        problems += [problem] if problem else []
-    if problems:
-        raise RecipeError("\n".join(problems), "Overrides are written section.setting=value, for example lora.r=32.")
+    _apply_overrides(tree, overrides, lines)
     recipe = _validated(tree, str(path), lines)
     recipe._name = path.stem
     recipe._source = str(path)
@@ -126,15 +121,17 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return recipe
 
 
-def build_recipe(name: str = "run", **sections: Any) -> Recipe:
-    """A recipe from Python values, with the same checks and messages as a file.
+def build_recipe(name: str = "run", overrides: Iterable[str] = (), **sections: Any) -> Recipe:
+    """A recipe from Python values, with the same checks and messages as a file, and the same overrides.
 
     Raises:
         RecipeError: with every problem found.
     """
     tree = {key: {SHORTHANDS[key]: value} if isinstance(value, str) and key in SHORTHANDS else value
             for key, value in sections.items()}
-    recipe = _validated(tree, "recipe", {})
+    lines: dict[str, int] = {}
+    _apply_overrides(tree, overrides, lines)
+    recipe = _validated(tree, "recipe", lines)
     recipe._name = name
     return recipe
 
@@ -199,6 +196,12 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
                 looks_like_file = value.startswith((".", "~")) or Path(value).suffix.lower() in _FILE_ENDINGS
                 if candidate.exists() or (looks_like_file and not Path(value).is_absolute()):
                     values[name] = str(candidate.resolve())
+
+
+def _apply_overrides(tree: dict[str, Any], overrides: Iterable[str], lines: dict[str, int]) -> None:
+    problems = [problem for override in overrides if (problem := _apply_override(tree, override, lines))]
+    if problems:
+        raise RecipeError("\n".join(problems), "Overrides are written section.setting=value, for example lora.r=32.")
 
 
 def _apply_override(tree: dict[str, Any], override: str, lines: dict[str, int]) -> str | None:

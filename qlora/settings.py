@@ -27,6 +27,7 @@ _PositiveInt = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 _CountInt = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 _PositiveFloat = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
 _Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1, allow_inf_nan=False)]
+_Percentile = Annotated[str, Field(pattern=r"^p([1-9]\d?|100)$")]
 _Auto = Literal["auto"]
 
 
@@ -87,10 +88,10 @@ class DataSection(Section):
         path=True,
     )
     max_rows: _PositiveInt | None = _setting(None, "Use only so many rows, drawn with the seed.", "a whole number from 1")
-    max_length: _Auto | _PositiveInt = _setting(
+    max_length: _Auto | _PositiveInt | _Percentile = _setting(
         "auto",
-        "Longest row in tokens; the rest is cut. Higher = more memory. auto = the longest row, at most 2048.",
-        "auto or a whole number of tokens from 1",
+        "Longest row in tokens; the rest is cut. Higher = more memory. auto = the longest row, so that nothing is cut.",
+        "auto, a whole number of tokens from 1, or a percentile of the rows' lengths such as p99",
     )
     chat_template: str | None = _setting(
         None, "Instead of the tokenizer's own.", "chatml, plain, or a .jinja file", path=True
@@ -110,7 +111,7 @@ class LoraSection(Section):
     """The trainable adapters."""
 
     r: _Auto | _PositiveInt = _setting(
-        "auto", "Rank. Higher = more capacity, a little more memory.", "auto or a whole number from 1"
+        "auto", "Rank. Higher = more capacity, a little more memory. auto = by the rules for data, model and card.", "auto or a whole number from 1"
     )
     alpha: _Auto | _PositiveFloat | Literal["conservative", "standard", "aggressive"] = _setting(
         "auto",
@@ -185,10 +186,11 @@ class MemorySection(Section):
         "auto", "auto = the GPU if there is one.", "auto, cuda or cpu"
     )
     budget: str = _setting(
-        "auto", "Memory the run may take. On a GPU it is enforced. auto = all of the device.", 'auto or a size such as "8GB"'
+        "auto", "Memory the run may take; the plan keeps to it, and on a GPU it is enforced. auto = what is free of the device.",
+        'auto or a size such as "8GB"'
     )
     checkpointing: Literal["auto"] | bool = _setting(
-        "auto", "Recompute activations in the backward pass: slower, far less memory. auto = on for GPUs.",
+        "auto", "Recompute activations in the backward pass: slower, far less memory. auto = only where memory asks for it.",
         "auto, true or false",
     )
 

@@ -6,7 +6,8 @@ import pytest
 
 from qlora.errors import HardwareError, RecipeError
 from qlora.hardware import Device, usable_bytes
-from qlora.planning.choose import Facts, choose
+from qlora.planning.choose import Facts, choose, find_options
+from qlora.planning.search import search
 from qlora.precision import Precision, choose_precision
 from qlora.recipe import build_recipe
 from qlora.units import GIB
@@ -23,7 +24,7 @@ def device(kind="cuda", gib=8, bf16=True, capability=(8, 6)):
 
 def facts(**changes):
     values = dict(
-        device=device(), precision=Precision("bf16", "bf16", False, "it has it"), num_parameters=8_000_000_000,
+        device=device(), budget_bytes=8 * GIB, budget_reason="the card", num_layers=32, attentions=("sdpa", "eager"), precision=Precision("bf16", "bf16", False, "it has it"), num_parameters=8_000_000_000,
         num_train_rows=5000, num_validation_rows=200, max_length=512, max_length_reason="the longest row",
         data_format="messages", data_format_reason="its columns",
     )
@@ -34,9 +35,21 @@ def recipe(**sections):
     return build_recipe(model="m", data="d.jsonl", **sections)
 
 
+def need(candidate):
+    """Bytes of a made-up model: grows with whatever ought to need more."""
+    rows = candidate.micro_batch * candidate.max_length * (1 if candidate.checkpointing else 20) * 1_000_000
+    return 3 * GIB + candidate.r * 4_000_000 + rows
+
+
+def decide(recipe, facts):
+    """Decisions and steps, for the made-up model within the budget of the facts."""
+    options, batch = find_options(recipe, facts)
+    return choose(recipe, facts, search(options, lambda candidate: need(candidate) <= facts.budget_bytes), batch)
+
+
 def test_nothing_stays_auto_and_everything_has_a_reason():
     for kind, rows, validation in itertools.product(("cuda", "cpu"), (1, 7, 5000), (0, 8)):
-        decisions, steps = choose(recipe(), facts(device=device(kind), num_train_rows=rows, num_validation_rows=validation))
+        decisions, steps = decide(recipe(), facts(device=device(kind), num_train_rows=rows, num_validation_rows=validation))
         assert "auto" not in [decision.value for decision in decisions.values()]
         assert all(decision.reason and decision.source in ("given", "derived", "rule", "default") for decision in decisions.values())
         assert steps >= 1
@@ -48,7 +61,7 @@ def test_nothing_stays_auto_and_everything_has_a_reason():
 ])
 def test_what_is_fixed_stays_and_the_rest_fits(fixed):
     for rows, gib in itertools.product((3, 40, 5000), (4, 8, 24)):
-        decisions, _ = choose(recipe(train=fixed), facts(num_train_rows=rows, device=device(gib=gib)))
+        decisions, _ = decide(recipe(train=fixed), facts(num_train_rows=rows, budget_bytes=gib * GIB))
         value = {name: decisions[f"train.{name}"].value for name in ("batch", "micro_batch", "accumulation")}
         assert value["batch"] == value["micro_batch"] * value["accumulation"]
         assert all(value[name] == wanted for name, wanted in fixed.items())
@@ -56,23 +69,46 @@ def test_what_is_fixed_stays_and_the_rest_fits(fixed):
 
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(RecipeError, match="does not divide"):
-        choose(recipe(train={"batch": 10, "micro_batch": 4}), facts())
+        decide(recipe(train={"batch": 10, "micro_batch": 4}), facts())
 
 
 def test_alpha_and_rate_follow_a_given_rank():
-    decisions, _ = choose(recipe(lora={"r": 8, "alpha": "standard"}), facts())
+    decisions, _ = decide(recipe(lora={"r": 8, "alpha": "standard"}), facts())
     assert decisions["lora.alpha"].value == 16
     assert decisions["train.learning_rate"].value * 16 / 8 == pytest.approx(2e-4)
 
 
 def test_more_memory_never_gives_less():
-    for setting in ("lora.r", "train.micro_batch"):
-        values = [choose(recipe(), facts(device=device(gib=gib)))[0][setting].value for gib in (4, 6, 8, 12, 16, 24, 48)]
-        assert values == sorted(values)
+    before = ()
+    for gib in (4, 6, 8, 12, 16, 24, 48):
+        decided = decide(recipe(), facts(budget_bytes=gib * GIB))[0]
+        quality = (decided["train.micro_batch"].value, decided["lora.r"].value, not decided["memory.checkpointing"].value)
+        assert quality >= before
+        before = quality
+
+
+def test_values_of_the_search_carry_their_reason():
+    decided, _ = decide(recipe(), facts())
+    assert decided["train.micro_batch"].reason == "the most rows at once that fit"
+    assert "does not fit" in decided["memory.checkpointing"].reason
+    assert decided["lora.r"].source == "rule"
+    fixed, _ = decide(recipe(lora={"r": 32}, memory={"checkpointing": True}), facts())
+    assert fixed["lora.r"].source == fixed["memory.checkpointing"].source == "given"
+
+
+def test_a_model_without_sdpa_gets_what_it_has():
+    decided, _ = decide(recipe(), facts(attentions=("eager",)))
+    assert decided["model.attention"].value == "eager"
+
+
+def test_without_data_there_is_a_plan_all_the_same():
+    decided, steps = decide(recipe(), facts(num_train_rows=None, num_validation_rows=None))
+    assert steps is None
+    assert decided["train.batch"].value == 16
 
 
 def test_steps_are_counted_as_the_trainer_counts_them():
-    _, steps = choose(recipe(train={"micro_batch": 2, "accumulation": 3, "epochs": 2}), facts(num_train_rows=20))
+    _, steps = decide(recipe(train={"micro_batch": 2, "accumulation": 3, "epochs": 2}), facts(num_train_rows=20))
     assert steps == 2 * 4  # ten micro-batches an epoch make three whole windows and a partial one
 
 

@@ -9,7 +9,7 @@ import pytest
 
 # A module may import from its own level and from those before it.
 LEVELS = [
-    ["errors", "units"],
+    ["errors", "units", "home"],
     ["settings"],
     ["recipe", "progress", "evaluation"],
     ["hardware", "_compat", "data"],
@@ -18,7 +18,7 @@ LEVELS = [
     ["model", "engine"],
     ["planning"],
     ["results", "hub", "training"],
-    ["console", "views"],
+    ["console", "views", "arguments"],
     ["cli"],
     ["__init__", "__main__"],
 ]

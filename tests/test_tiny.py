@@ -36,7 +36,8 @@ def test_the_second_call_builds_nothing(cache):
 
 
 def test_finding_a_built_base_needs_no_torch():
-    script = ("import sys; from qlora.model.tiny import tiny_folder, TinySettings, _digest, cache_home\n"
+    script = ("import sys; from qlora.home import cache_home\n"
+              "from qlora.model.tiny import tiny_folder, TinySettings, _digest\n"
               "s = TinySettings(); f = cache_home() / f'builtin-tiny-{_digest(s)}'; f.mkdir(parents=True)\n"
               "[(f / n).write_text('') for n in ('config.json', 'model.safetensors', 'tokenizer.json')]; tiny_folder(); print('torch' in sys.modules)")
     import tempfile

@@ -120,3 +120,10 @@ def kind_of(path: str, layers_path: str, modules: dict[str, nn.Module]) -> Kind:
         if _MLP.search(part):
             return "mlp"
     return next((kind for kind, leaves in _LEAVES.items() if parts[-1] in leaves), "other")
+
+
+def layer_kinds(model: PreTrainedModel) -> list[tuple]:
+    """What each layer is made of, equal for layers that are alike: its type where the config has several, and its weights."""
+    layers = model.get_submodule(find_layers(model.config, dict(model.named_modules())))
+    types = getattr(model.config, "layer_types", None) or [None] * len(layers)
+    return [(kind, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())) for kind, layer in zip(types, layers)]

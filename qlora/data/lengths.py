@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from qlora.data.tokenise import IGNORED, TokenRow
 from qlora.errors import DataError
 
-AUTO_MAX_LENGTH = 2048
 _MAX_BARS = 12
 
 
@@ -62,13 +61,16 @@ def fit_length(token_rows: Sequence[TokenRow], max_length: int) -> FitResult:
 
 
 def choose_max_length(lengths: Sequence[int], max_length: int | str, context_limit: int | None) -> int:
-    """The longest row allowed, in tokens. "auto" is the longest row, at most 2048 and at most what the model takes.
+    """The longest row allowed, in tokens: a number, "auto" for the longest row there is, or a percentile such as "p99" of
+    the lengths; the latter two at most what the model takes.
 
     Raises:
         DataError: a given length above the model's context limit.
     """
-    if max_length == "auto":
-        return max(1, min(max(lengths, default=1), AUTO_MAX_LENGTH, context_limit or AUTO_MAX_LENGTH))
+    if isinstance(max_length, str):
+        share = 1.0 if max_length == "auto" else int(max_length.removeprefix("p")) / 100
+        wanted = sorted(lengths)[max(0, math.ceil(len(lengths) * share) - 1)] if lengths else 1
+        return max(1, min(wanted, context_limit or wanted))
     if context_limit is not None and max_length > context_limit:
         raise DataError(
             f"data.max_length is {max_length:,} tokens, but the model takes at most {context_limit:,}.",

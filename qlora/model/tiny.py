@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora.errors import OutputError
+from qlora.home import cache_home
 from qlora.model import tiny_text
 from qlora.model.tiny_text import BEGIN, END, PAD, TURN
 
@@ -89,13 +90,6 @@ def tiny_folder(progress: Callable[[float, str], None] | None = None, settings: 
             "Free some space there (12 MiB), or set QLORA_CACHE to a folder you may write to.",
         ) from error
     return folder
-
-
-def cache_home() -> Path:
-    """Where things that are made once are kept: QLORA_CACHE, else the user's cache folder."""
-    if os.environ.get("QLORA_CACHE"):
-        return Path(os.environ["QLORA_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "qlora"
 
 
 # --- building ----------------------------------------------------------------------------------------------------------

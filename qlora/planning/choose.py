@@ -11,78 +11,106 @@ from typing import Any
 
 from qlora import guidance
 from qlora.errors import RecipeError
-from qlora.hardware import Device, usable_bytes
+from qlora.guidance import Choice
+from qlora.hardware import Device
 from qlora.planning.plan import Decision
+from qlora.planning.search import Found, Options, last_ranks
 from qlora.precision import Precision
 from qlora.recipe import Recipe
-from qlora.units import GIB, format_bytes, parse_size
+from qlora.units import GIB
 
 _BATCH = 16
 _MIN_STEPS = 20
 _NUM_EVALUATIONS = 5
+# Products of this many rows by thousands of columns keep every core of a GPU busy; more at once is not faster.
+_SATURATED_TOKENS = 8192
+_CPU_ROWS = 8
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the choices rest on: the machine, the model and the data, all looked at before."""
+    """What the choices rest on: the machine, the model and the data, all looked at before.
+
+    Numbers of rows are None where there is no data. `attentions` are what the model class can run, best first.
+    """
 
     device: Device
+    budget_bytes: int
+    budget_reason: str
     precision: Precision
     num_parameters: int
-    num_train_rows: int
-    num_validation_rows: int
+    num_layers: int
+    attentions: tuple[str, ...]
+    num_train_rows: int | None
+    num_validation_rows: int | None
     max_length: int
     max_length_reason: str
     data_format: str
     data_format_reason: str
 
 
-def budget_of(recipe: Recipe, device: Device) -> int:
-    """Bytes the run may take: the recipe's budget, or all of the device.
-
-    Raises:
-        HardwareError: the GPU is smaller than the budget.
-    """
-    if recipe.memory.budget == "auto":
-        return device.memory_bytes
-    return usable_bytes(device, parse_size(recipe.memory.budget))
-
-
-def choose(recipe: Recipe, facts: Facts) -> tuple[dict[str, Decision], int]:
-    """A decision for every setting of the recipe but hub and output, and the number of optimizer steps.
+def find_options(recipe: Recipe, facts: Facts) -> tuple[Options, Choice]:
+    """What the search may choose from, and the number of rows of an optimizer step.
 
     Raises:
         RecipeError: fixed values that contradict each other.
     """
+    on_gpu = facts.device.kind == "cuda"
+    batch = _batch(recipe, facts)
+    if recipe.lora.r != "auto":
+        ranks: tuple[int, ...] = (recipe.lora.r,)
+    else:
+        most = _rank(facts).value
+        ranks = tuple(r for r in (16, 32, 64) if r <= most)
+    paged = ("paged_adamw_8bit",) if on_gpu else ()
+    optimizer, checkpointing = recipe.train.optimizer, recipe.memory.checkpointing
+    options = Options(
+        ranks=ranks,
+        micro_batches=_micro_batches(recipe, facts, batch.value),
+        checkpointing=(True, False) if checkpointing == "auto" else (checkpointing,),
+        optimizers=(*paged, "adamw_8bit", "adamw") if optimizer == "auto" else (optimizer,),
+        max_length=facts.max_length,
+        last_ranks=last_ranks(ranks[0]) if recipe.lora.r == "auto" else (),
+    )
+    return options, batch
+
+
+def choose(recipe: Recipe, facts: Facts, found: Found, batch: Choice) -> tuple[dict[str, Decision], int | None]:
+    """A decision for every setting of the recipe but hub and output, and the number of optimizer steps.
+
+    Args:
+        found: what the search for memory settled.
+        batch: from `find_options`.
+    """
     decisions = _as_written(recipe)
     chosen: dict[str, tuple[Any, str, str]] = {}
-    on_gpu = facts.device.kind == "cuda"
-    budget_bytes = budget_of(recipe, facts.device)
+    candidate, on_gpu = found.candidate, facts.device.kind == "cuda"
 
     chosen["model.dtype"] = (facts.precision.compute, "rule", facts.precision.reason)
-    chosen["model.attention"] = ("sdpa", "rule", "torch's own kernels; never stores the length x length scores on a GPU")
+    chosen["model.attention"] = _attention(facts)
     chosen["data.format"] = (facts.data_format, "derived", facts.data_format_reason)
-    chosen["data.validation"] = (f"{facts.num_validation_rows:,} rows", "rule", "5 % of the rows, at least 8 and at most 256")
+    held_out = f"{facts.num_validation_rows:,} rows" if facts.num_validation_rows is not None else "5 %"
+    chosen["data.validation"] = (held_out, "rule", "5 % of the rows, at least 8 and at most 256")
     chosen["data.max_length"] = (facts.max_length, "derived", facts.max_length_reason)
     chosen["memory.device"] = (facts.device.kind, "derived", f"{facts.device.name}")
-    size = f"{format_bytes(budget_bytes)}, all of the {'card' if on_gpu else 'RAM'}"
-    chosen["memory.budget"] = (f"{budget_bytes / GIB:.2f}GiB", "derived", size)
-    checkpointing = "recomputing saves memory, which a GPU is short of" if on_gpu else "off on a CPU: RAM is plentiful, time is not"
-    chosen["memory.checkpointing"] = (on_gpu, "rule", checkpointing)
+    chosen["memory.budget"] = (f"{facts.budget_bytes / GIB:.2f}GiB", "derived", facts.budget_reason)
+    chosen["memory.checkpointing"] = (candidate.checkpointing, "derived", found.reasons.get("checkpointing", ""))
 
-    rank = guidance.choose_rank(facts.num_train_rows, facts.num_parameters, budget_bytes if on_gpu else None)
-    chosen["lora.r"] = (rank.value, "rule", rank.reason)
-    r = recipe.lora.r if recipe.lora.r != "auto" else rank.value
-    alpha = guidance.choose_alpha(recipe.lora.alpha, r)
+    rank = _rank(facts)
+    reason = rank.reason if candidate.r == rank.value else found.reasons.get("r", "")
+    chosen["lora.r"] = (candidate.r, "rule" if candidate.r == rank.value else "derived", reason)
+    alpha = guidance.choose_alpha(recipe.lora.alpha, candidate.r)
     if isinstance(recipe.lora.alpha, str):
         chosen["lora.alpha"] = (alpha.value, "rule", alpha.reason)
-    rate = guidance.choose_learning_rate(r, alpha.value)
+    rate = guidance.choose_learning_rate(candidate.r, alpha.value)
     chosen["train.learning_rate"] = (rate.value, "rule", rate.reason)
-    chosen["train.optimizer"] = _optimizer(budget_bytes, on_gpu)
+    chosen["train.optimizer"] = (candidate.optimizer, "derived", found.reasons.get("optimizer", ""))
 
-    batch, micro_batch, accumulation = _batch(recipe, facts, budget_bytes)
-    chosen["train.batch"], chosen["train.micro_batch"], chosen["train.accumulation"] = batch, micro_batch, accumulation
-    num_steps = _num_steps(recipe, facts.num_train_rows, micro_batch[0], accumulation[0])
+    chosen["train.batch"] = (batch.value, batch.rule, batch.reason)
+    chosen["train.micro_batch"] = _micro_batch(recipe, found)
+    accumulation = _whole(batch.value, candidate.micro_batch, "micro_batch")
+    chosen["train.accumulation"] = (accumulation, "derived", "batch / micro_batch")
+    num_steps = _num_steps(recipe, facts.num_train_rows, candidate.micro_batch, accumulation)
     evaluations = _evaluations(facts, num_steps)
     chosen["train.eval_every"] = evaluations
     every = recipe.train.eval_every if recipe.train.eval_every != "auto" else evaluations[0]
@@ -91,6 +119,13 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[dict[str, Decision], int]:
     for key, (value, source, reason) in chosen.items():
         if decisions[key].value in ("auto", "conservative", "standard", "aggressive"):
             decisions[key] = Decision(value, source, reason)
+    fixed = f"all {facts.num_layers} stay on the device"
+    decisions["memory.resident_layers"] = Decision(facts.num_layers, "default", fixed)
+    decisions["memory.streamed_layers"] = Decision(0, "default", fixed)
+    decisions["memory.embedding_device"] = Decision(facts.device.kind, "default", "beside the layers")
+    decisions["memory.head_format"] = Decision(facts.precision.compute, "default", "never quantised: it is what the loss sees")
+    fused = "TRL's fused output head projects tokens in tiles, and the logits of a batch are never stored"
+    decisions["memory.loss_chunk"] = Decision("tiles", "default", fused)
     return decisions, num_steps
 
 
@@ -113,44 +148,60 @@ def _clause(help: str) -> str:
     return sentence if keeps else sentence[0].lower() + sentence[1:]
 
 
-def _optimizer(budget_bytes: int, on_gpu: bool) -> tuple[str, str, str]:
-    if on_gpu and budget_bytes < 8 * GIB:
-        return "adamw_8bit", "rule", "8-bit state leaves more of a small card to activations"
-    return "adamw", "rule", "the state of LoRA weights is small; full precision costs little"
+def _rank(facts: Facts) -> Choice:
+    """The largest rank that the rules give; on a CPU memory is no rule."""
+    memory = facts.budget_bytes if facts.device.kind == "cuda" else None
+    return guidance.choose_rank(facts.num_train_rows, facts.num_parameters, memory)
 
 
-def _batch(recipe: Recipe, facts: Facts, budget_bytes: int) -> tuple[tuple[int, str, str], ...]:
-    """batch = micro_batch x accumulation, with up to two of the three fixed by the recipe."""
+def _attention(facts: Facts) -> tuple[str, str, str]:
+    if facts.attentions[0] == "sdpa":
+        return "sdpa", "rule", "torch's own kernels; never stores the length x length scores on a GPU"
+    return facts.attentions[0], "derived", "the model class has no other; it stores the length x length scores"
+
+
+def _batch(recipe: Recipe, facts: Facts) -> Choice:
+    """Rows of an optimizer step: given, the product of what is given, or by rule; a multiple of what is given."""
     fixed = {name: getattr(recipe.train, name) for name in ("batch", "micro_batch", "accumulation")
              if getattr(recipe.train, name) != "auto"}
-    rows = max(1, facts.num_train_rows)
     if "batch" in fixed:
-        batch = (fixed["batch"], "given", "given")
-    elif {"micro_batch", "accumulation"} <= fixed.keys():
-        batch = (fixed["micro_batch"] * fixed["accumulation"], "derived", "micro_batch x accumulation")
-    else:
-        passes = rows * recipe.train.epochs
-        largest = 2 ** int(math.log2(max(1, passes / _MIN_STEPS)))
+        return Choice(fixed["batch"], "given", "given")
+    if {"micro_batch", "accumulation"} <= fixed.keys():
+        return Choice(fixed["micro_batch"] * fixed["accumulation"], "micro_batch x accumulation", "derived")
+    value, reason = _BATCH, f"{_BATCH} rows steady the gradient"
+    if facts.num_train_rows is not None:
+        rows = max(1, facts.num_train_rows)
+        largest = 2 ** int(math.log2(max(1, rows * recipe.train.epochs / _MIN_STEPS)))
         value = min(_BATCH, largest, rows)
-        reason = f"{_BATCH} rows steady the gradient" if value == _BATCH else f"fewer than {_BATCH}, so that {rows} rows make about {_MIN_STEPS} steps"
-        for name in ("micro_batch", "accumulation"):
-            if name in fixed:
-                value = max(1, round(value / fixed[name])) * fixed[name]
-                reason = f"the multiple of {name} {fixed[name]} nearest to what the data asks for"
-        batch = (value, "rule", reason)
-    if "micro_batch" in fixed:
-        micro = (fixed["micro_batch"], "given", "given")
-    elif "accumulation" in fixed:
-        micro = (_whole(batch[0], fixed["accumulation"], "accumulation"), "derived", "batch / accumulation")
-    elif recipe.data.packing:
-        micro = (1, "rule", "a packed sequence is full already")
-    else:
-        limit, reason = _micro_limit(facts, budget_bytes)
-        micro = (max(d for d in range(1, min(limit, batch[0]) + 1) if batch[0] % d == 0), "rule", reason)
-    accumulation = (_whole(batch[0], micro[0], "micro_batch"), "derived", "batch / micro_batch")
-    if "accumulation" in fixed:
-        accumulation = (fixed["accumulation"], "given", "given")
-    return batch, micro, accumulation
+        if value < _BATCH:
+            reason = f"fewer than {_BATCH}, so that {rows} rows make about {_MIN_STEPS} steps"
+    for name in ("micro_batch", "accumulation"):
+        if name in fixed:
+            value = max(1, round(value / fixed[name])) * fixed[name]
+            reason = f"the multiple of {name} {fixed[name]} nearest to what the data asks for"
+    return Choice(value, reason, "rule")
+
+
+def _micro_batches(recipe: Recipe, facts: Facts, batch: int) -> tuple[int, ...]:
+    """Rows at once to choose from: what divides the batch, up to what speed has use for."""
+    if recipe.train.micro_batch != "auto":
+        _whole(batch, recipe.train.micro_batch, "micro_batch")
+        if recipe.train.accumulation != "auto":
+            _whole(batch, recipe.train.micro_batch * recipe.train.accumulation, "micro_batch x train.accumulation")
+        return (recipe.train.micro_batch,)
+    if recipe.train.accumulation != "auto":
+        return (_whole(batch, recipe.train.accumulation, "accumulation"),)
+    if recipe.data.packing:
+        return (1,)  # a packed sequence is full already
+    most = _CPU_ROWS if facts.device.kind == "cpu" else max(1, _SATURATED_TOKENS // facts.max_length)
+    return tuple(rows for rows in range(1, min(most, batch) + 1) if batch % rows == 0)
+
+
+def _micro_batch(recipe: Recipe, found: Found) -> tuple[int, str, str]:
+    rows = found.candidate.micro_batch
+    if recipe.data.packing:
+        return rows, "rule", "a packed sequence is full already"
+    return rows, "derived", found.reasons.get("micro_batch", "batch / accumulation")
 
 
 def _whole(batch: int, part: int, name: str) -> int:
@@ -160,32 +211,28 @@ def _whole(batch: int, part: int, name: str) -> int:
     return batch // part
 
 
-def _micro_limit(facts: Facts, budget_bytes: int) -> tuple[int, str]:
-    """Rows at once by the memory at hand; small on purpose, since accumulation gives the same gradient."""
-    if facts.device.kind == "cpu":
-        return 8, "8 rows keep the cores of a CPU busy"
-    for at_least, rows in ((24, 4), (12, 2)):
-        if budget_bytes >= at_least * GIB * 0.95:  # a "24 GB" card reports a little less
-            return rows, f"{rows} rows at once with {format_bytes(budget_bytes)}; accumulation makes up the rest"
-    return 1, f"one row at once with {format_bytes(budget_bytes)}; accumulation makes up the rest"
-
-
-def _num_steps(recipe: Recipe, num_rows: int, micro_batch: int, accumulation: int) -> int:
+def _num_steps(recipe: Recipe, num_rows: int | None, micro_batch: int, accumulation: int) -> int | None:
     """Optimizer steps as the trainer counts them: a last, partial window of an epoch is a step too."""
+    if num_rows is None:
+        return recipe.train.max_steps
     per_epoch = math.ceil(math.ceil(num_rows / micro_batch) / accumulation)
     steps = max(1, math.ceil(per_epoch * recipe.train.epochs))
     return steps if recipe.train.max_steps is None else recipe.train.max_steps
 
 
-def _evaluations(facts: Facts, num_steps: int) -> tuple[int, str, str]:
+def _evaluations(facts: Facts, num_steps: int | None) -> tuple[int, str, str]:
+    if num_steps is None:
+        return 0, "derived", "there is no data yet"
     if not facts.num_validation_rows:
         return 0, "derived", "there are no held-out rows"
     every = max(1, math.ceil(num_steps / _NUM_EVALUATIONS))
     return every, "rule", f"about {_NUM_EVALUATIONS} evaluations a run; this one has {num_steps:,} steps"
 
 
-def _checkpoints(eval_every: int, num_steps: int) -> tuple[int, str, str]:
+def _checkpoints(eval_every: int, num_steps: int | None) -> tuple[int, str, str]:
     if eval_every:
         return eval_every, "derived", "at each evaluation, so that the best one is on disk"
+    if num_steps is None:
+        return 0, "derived", "there is no data yet"
     every = max(1, math.ceil(num_steps / _NUM_EVALUATIONS))
     return every, "rule", f"about {_NUM_EVALUATIONS} checkpoints a run; this one has {num_steps:,} steps"

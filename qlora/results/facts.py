@@ -6,7 +6,7 @@ import math
 import os
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,8 @@ class RunSummary:
         settings: every setting by its dotted name.
         versions: of Python and the libraries.
         notes: remarks and warnings for the user, one line each.
+        planned_phases, measured_phases: bytes of tensors at their highest in each phase; empty where nothing was planned or
+            nothing could be measured.
     """
 
     name: str
@@ -127,6 +129,8 @@ class RunSummary:
     versions: dict[str, str]
     adapter: str = "adapter"
     notes: tuple[str, ...] = ()
+    planned_phases: dict[str, int] = field(default_factory=dict)
+    measured_phases: dict[str, int] = field(default_factory=dict)
 
     @property
     def total_seconds(self) -> float:
@@ -205,6 +209,28 @@ def _score(measure: str, before: float, after: float, style: str, *, lower: bool
     else:
         outcome = "better" if (after < before) == lower and math.isfinite(after) else "worse"
     return Score(measure, shown_before, shown_after, "lower is better" if lower else "higher is better", outcome)
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """One phase: tensors at their highest, planned and measured, None where one of the two is not known."""
+
+    phase: str
+    planned_bytes: int | None
+    measured_bytes: int | None
+
+    @property
+    def error_percent(self) -> float | None:
+        """How far the plan is off, in percent of what was measured; under 0, the plan asked for too little."""
+        if self.planned_bytes is None or not self.measured_bytes:
+            return None
+        return 100 * (self.planned_bytes - self.measured_bytes) / self.measured_bytes
+
+
+def memory_by_phase(summary: RunSummary) -> list[PhaseMemory]:
+    """Every phase that was planned or measured, in the order of the run."""
+    planned, measured = summary.planned_phases, summary.measured_phases
+    return [PhaseMemory(phase, planned.get(phase), measured.get(phase)) for phase in dict.fromkeys([*planned, *measured])]
 
 
 def outcome(summary: RunSummary) -> str:

@@ -16,6 +16,7 @@ from qlora.results.facts import (
     RunSummary,
     Sample,
     TrainingFacts,
+    memory_by_phase,
     num_of,
     printable,
     scores,
@@ -34,6 +35,7 @@ _PLOTS = {
     "learning_rate.png": "Learning rate",
     "grad_norm.png": "Gradient norm",
     "lengths.png": "Length of the rows",
+    "memory.png": "Memory by phase, planned and measured",
 }
 # Longer samples are cut: a report is for reading, and metrics rest on the whole answers anyway.
 _MAX_SAMPLE_CHARACTERS = 1500
@@ -92,6 +94,7 @@ def render_markdown(summary: RunSummary, plots: Iterable[str] = ()) -> str:
         f"# Training report: {escape(summary.name)}", f"**{escape(verdict(summary))}**",
         *_scores(summary), *pictures("loss.png"), *_samples(summary.samples),
         "## What it took", *_cost(summary),
+        *_memory(summary, pictures("memory.png")),
         "## Model", *_model(summary.model),
         "## Data", *_data(summary.data), *pictures("lengths.png"),
         "## Settings", *_settings(summary), *pictures("learning_rate.png", "grad_norm.png"),
@@ -151,6 +154,21 @@ def _cost(summary: RunSummary) -> list[str]:
     return [table(("", ""), rows)]
 
 
+def _memory(summary: RunSummary, pictures: Sequence[str]) -> list[str]:
+    """Planned against measured by phase; nothing where neither is known."""
+    phases = memory_by_phase(summary)
+    if not phases:
+        return []
+    rows = [(escape(found.phase), _bytes_or_dash(found.planned_bytes), _bytes_or_dash(found.measured_bytes),
+             "-" if found.error_percent is None else f"{found.error_percent:+.2f} %") for found in phases]
+    return [
+        "## Memory", table(("phase", "planned", "measured", "error"), rows),
+        f"{'RAM of the whole program' if summary.device.kind == 'cpu' else 'Tensors on the GPU'}, at the highest. The error is that "
+        "of the plan, in percent of what was measured: above 0 the plan asked for more than the run took.",
+        *pictures,
+    ]
+
+
 def _model(model: ModelFacts) -> list[str]:
     rows = [
         ("base", escape(model.base)),
@@ -196,9 +214,15 @@ def _machine(summary: RunSummary) -> list[str]:
     arithmetic = "bf16" if device.has_bf16 else "no bf16"
     if device.capability is not None:
         arithmetic += f", compute capability {'.'.join(map(str, device.capability))}"
+    speeds = (device.bandwidth, "GB/s"), (device.tflops, "TFLOP/s")
+    arithmetic += "".join(f", {value:g} {unit}" for value, unit in speeds if value)
+    others = f"{format_bytes(device.used_by_others_bytes)} in use by others" if device.used_by_others_bytes else ""
+    shared = [others, "draws the desktop" if device.display else "", "Windows or WSL" if device.windows else "",
+              "" if device.present else "not in this machine"]
     rows = [
         ("device", f"{escape(device.name)} ({escape(device.kind)}), {arithmetic}"),
         ("its memory", f"{format_bytes(device.memory_bytes)}, {format_bytes(device.free_bytes)} free at the start"),
+        *((("shared", ", ".join(filter(None, shared))),) if any(shared) else ()),
         ("host", f"{format_bytes(device.host_bytes)} RAM, {format_bytes(device.host_free_bytes)} free at the start, "
                  f"{device.num_threads:,} threads"),
         *((escape(name), escape(version)) for name, version in summary.versions.items()),
@@ -295,6 +319,10 @@ def shown_value(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}: {shown_value(item)}' for key, item in value.items())}}}"
     return str(value)
+
+
+def _bytes_or_dash(size_bytes: int | None) -> str:
+    return "-" if size_bytes is None else _exact_bytes(size_bytes)
 
 
 def _exact_bytes(size_bytes: int) -> str:

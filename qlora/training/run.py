@@ -6,18 +6,18 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora.errors import DivergedError, HardwareError, InterruptedRun, OutputError, PushError, VerificationError
 from qlora.evaluation import Evaluation, exact_match
-from qlora.hardware import limit_memory, reset_peak_memory
-from qlora.planning.choose import budget_of
+from qlora.hardware import limit_memory
 from qlora.progress import Progress
 from qlora.recipe import Recipe
-from qlora.training.setup import Setup, library_versions, prepare
+from qlora.training.meter import PHASE_OF, MemoryMeter, make_receipt
+from qlora.training.setup import Setup, library_versions, prepare, refuse_what_does_not_fit
 from qlora.units import format_bytes
 
 if TYPE_CHECKING:
@@ -50,15 +50,17 @@ class RunResult:
 
 @dataclass
 class Clock:
-    """Seconds by phase."""
+    """Seconds and memory by phase."""
 
+    meter: MemoryMeter | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def time(self, phase: str, work: Callable[[], _Result]) -> _Result:
-        """Run `work` and add its duration to `phase`."""
+        """Run `work`, add its duration to `phase`, and measure its memory where that is a phase of the plan."""
         started = time.perf_counter()
         try:
-            return work()
+            with self.meter.during(phase) if self.meter and phase in PHASE_OF else nullcontext():
+                return work()
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
@@ -76,10 +78,12 @@ def train(recipe: Recipe, progress: Progress | None = None) -> RunResult:
     clock = Clock()
     setup = clock.time("prepare", lambda: prepare(recipe, progress))
     setup.data.refuse_errors()
+    refuse_what_does_not_fit(setup.plan)
     folder = make_run_folder(recipe)
     write_json(folder / "resolved.json", resolved(setup))
     write_json(folder / "plan.json", setup.plan.to_json())
     progress.planned(setup.plan, folder)
+    clock.meter = MemoryMeter(setup.device)
 
     with failures_explained(setup, folder), MetricsFile(folder / "metrics.jsonl", progress) as metrics:
         model = clock.time("load", lambda: build_model(setup, progress))
@@ -92,6 +96,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> RunResult:
 
     adapter = save_adapter(model, setup, folder / "adapter")
     summary = write_results(setup, model, folder, metrics.rows, before, after, clock)
+    keep_receipt(setup, clock.meter, summary, progress)
     result = RunResult(
         folder=folder, adapter=adapter, report=folder / "report.md", summary=summary,
         before=before.to_json() if before else None, after=after.to_json() if after else None,
@@ -179,8 +184,7 @@ def build_model(setup: Setup, progress: Progress) -> PeftModel:
 
     recipe, settings = setup.recipe, setup.plan.settings
     if recipe.memory.budget != "auto":
-        limit_memory(setup.device, budget_of(recipe, setup.device))
-    reset_peak_memory(setup.device)
+        limit_memory(setup.device, setup.plan.budget_bytes - setup.plan.parts["context"])
     with progress.stage(f"Loading {recipe.model.base} in 4 bits"):
         base = build_base(
             setup.base, setup.config, device=setup.device, precision=setup.precision, weights=recipe.model.weights,
@@ -269,9 +273,8 @@ def failures_explained(setup: Setup, folder: Path) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         settings = setup.plan.settings
         raise HardwareError(
-            f"{setup.device.name} ran out of memory: the budget is {format_bytes(setup.plan.budget_bytes)}, weights and optimizer "
-            f"take {format_bytes(setup.plan.least_bytes)}, and the rest did not hold {settings['train.micro_batch']} x up to "
-            f"{settings['data.max_length']} tokens.",
+            f"{setup.device.name} ran out of memory: the plan was {format_bytes(setup.plan.peak_bytes)} of "
+            f"{format_bytes(setup.plan.budget_bytes)} for {settings['train.micro_batch']} x up to {settings['data.max_length']} tokens.",
             "Lower train.micro_batch first (accumulation makes up for it), then data.max_length, then lora.r.",
         ) from error
     except KeyboardInterrupt:
@@ -299,6 +302,7 @@ def evaluate(setup: Setup, trainer: AdapterTrainer, progress: Progress, when: st
         answers = answer(
             trainer.model, setup.tokenizer, [sample.prompt_ids for sample in samples],
             max_new_tokens=min(longest + 8, _MAX_ANSWER_TOKENS), stop_ids=setup.data.stop_ids, progress=update,
+            tokens_per_batch=setup.plan.settings["memory.generation_tokens"],
         )
     match = exact_match(answers, [sample.reference for sample in samples])
     return replace(found, exact_match=match, num_answers=len(answers), answers=tuple(answers))
@@ -352,19 +356,34 @@ def write_results(
     after: Evaluation | None, clock: Clock,
 ) -> RunSummary:
     """Plots, report.md and report.json."""
+    from qlora.results.plan_plots import draw_planned_measured
     from qlora.results.plots import draw_all
     from qlora.results.report import write_report
     from qlora.training.summary import summarise
 
-    summary = summarise(setup, model, folder, rows, before, after, clock.seconds)
+    summary = summarise(setup, model, folder, rows, before, after, clock.seconds, clock.meter)
     lengths = setup.data.lengths
     draw_all(
         rows, lengths.histogram, setup.data.max_length, folder / "plots",
         max_grad_norm=setup.plan.settings["train.max_grad_norm"],
         length_percentiles={"p50": lengths.p50, "p95": lengths.p95},
     )
+    draw_planned_measured(
+        summary.planned_phases, summary.measured_phases, setup.plan.budget_bytes,
+        folder / "plots" / "memory.png",
+    )
     write_report(summary, folder)
     return summary
+
+
+def keep_receipt(setup: Setup, meter: MemoryMeter, summary: RunSummary, progress: Progress) -> None:
+    """Remember planned and measured, so that the margin of later plans follows. A run is not lost for it."""
+    from qlora.planning.receipts import Receipts
+
+    try:
+        Receipts.load().add(make_receipt(setup, meter, summary.training.tokens_per_second))
+    except OutputError as error:
+        progress.note(str(error))
 
 
 def push(result: RunResult, recipe: Recipe, progress: Progress) -> RunResult:

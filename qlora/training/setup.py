@@ -5,22 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora.architecture import Architecture, TargetSelection, describe, find_config, lora_parameters, select_targets
+from qlora.architecture import Architecture, TargetSelection, describe, find_config, select_targets
 from qlora.data import PreparedData
 from qlora.data import prepare as prepare_data
-from qlora.errors import ModelError, RecipeError
+from qlora.errors import HardwareError, ModelError, RecipeError
 from qlora.hardware import Device, find_device, gpu_is_hidden
 from qlora.model.build import load_tokenizer, locate_base, stand_in_tokenizer
-from qlora.planning.choose import Facts, budget_of, choose
 from qlora.planning.plan import Plan
 from qlora.precision import Precision, choose_precision
 from qlora.progress import Progress
 from qlora.recipe import Recipe
+from qlora.training.fitting import Job, Rows, make_plan
+from qlora.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# A row's ids and labels as Python integers in lists, and once more as the trainer's Arrow table.
+_BYTES_PER_TOKEN = 2 * 8 + 2 * 8
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,22 @@ class Setup:
     notes: tuple[str, ...] = ()
 
 
-def prepare(recipe: Recipe, progress: Progress | None = None) -> Setup:
+def prepare(
+    recipe: Recipe, progress: Progress | None = None, *, device: Device | None = None, look_around: bool = False
+) -> Setup:
     """Look at the machine, the model's config and the data, and decide every setting.
+
+    Args:
+        device: plan for this one, instead of the one that is here.
+        look_around: also look for the longest length that fits; what is near is looked for wherever nothing fits.
 
     Raises:
         QloraError: the machine, model, data or recipe cannot be used; nothing has been written.
     """
     progress = progress or Progress()
     check_trackers(recipe)
-    device = find_device(recipe.memory.device)
-    hidden = gpu_is_hidden() if device.kind == "cpu" and recipe.memory.device == "auto" else None
+    elsewhere, device = device is not None, device or find_device(recipe.memory.device)
+    hidden = gpu_is_hidden() if device.kind == "cpu" and recipe.memory.device == "auto" and not elsewhere else None
     if hidden:
         progress.note(f"Running on the CPU, although there is an NVIDIA driver: {hidden}")
     precision = choose_precision(recipe.model.dtype, device)
@@ -57,7 +65,9 @@ def prepare(recipe: Recipe, progress: Progress | None = None) -> Setup:
     selection = select_targets(architecture, recipe.lora.targets)
     tokenizer, notes = find_tokenizer(recipe, base, architecture, progress)
     data = read_data(recipe, tokenizer, architecture.max_positions, progress)
-    plan = make_plan(recipe, device, precision, architecture, selection, data)
+    job = Job(recipe, device, precision, config, architecture, selection, rows_of(recipe, data))
+    plan = make_plan(job, progress, look_around=look_around)
+    check_checkpoints(plan.settings)
     return Setup(recipe, base, device, precision, config, architecture, tokenizer, data, selection, plan, notes)
 
 
@@ -128,49 +138,43 @@ def read_data(
         )
 
 
-def make_plan(
-    recipe: Recipe, device: Device, precision: Precision, architecture: Architecture, selection: TargetSelection,
-    data: PreparedData,
-) -> Plan:
-    """Every setting with its reason, and the bytes that are known without running anything."""
-    num_sequences = len(data.train)
+def rows_of(recipe: Recipe, data: PreparedData) -> Rows:
+    """What the plan wants to know of the rows."""
+    lengths = [len(row.input_ids) for row in (*data.train, *data.validation)]
+    num_train = len(data.train)
     if recipe.data.packing:
         from qlora.training.trainer import as_dataset
 
-        num_sequences = len(as_dataset(data.train, pack_to=data.max_length))
-    facts = Facts(
-        device=device, precision=precision, num_parameters=architecture.num_parameters, num_train_rows=num_sequences,
-        num_validation_rows=len(data.validation), max_length=data.max_length, max_length_reason=_why_length(data),
-        data_format=data.rowset.format, data_format_reason=data.rowset.format_reason,
-    )
-    decisions, num_steps = choose(recipe, facts)
-    settings = {key: decision.value for key, decision in decisions.items()}
-    check_checkpoints(settings)
-    num_adapter = lora_parameters(selection, settings["lora.r"])
-    width = _BYTES[precision.compute]
-    adapter_bytes = num_adapter * _BYTES[precision.adapters]
-    # AdamW keeps two numbers of the adapters' type for each weight; the 8-bit kind two bytes.
-    state_bytes = 2 * adapter_bytes if settings["train.optimizer"] == "adamw" else 2 * num_adapter
-    # Norms and, in a mixture of experts, all experts: counted with the base, in 16 bit.
-    rest = (architecture.num_parameters - architecture.quantised_parameters - architecture.embedding_parameters
-            - architecture.head_parameters)
-    parts = {
-        "base": architecture.quantised_bytes + rest * width,
-        "embeddings": architecture.embedding_parameters * width,
-        "head": architecture.head_parameters * width,
-        "adapters": adapter_bytes, "gradients": adapter_bytes, "optimizer": state_bytes,
-    }
-    return Plan(
-        model=recipe.model.base, device=device.name, budget_bytes=budget_of(recipe, device), decisions=decisions,
-        parts=parts, num_steps=num_steps,
+        num_train = len(as_dataset(data.train, pack_to=data.max_length))
+    return Rows(
+        num_train=num_train, num_validation=len(data.validation), max_length=data.max_length, max_length_reason=_why_length(data),
+        ragged=len(set(lengths)) > 1, format=data.rowset.format, format_reason=data.rowset.format_reason,
+        host_bytes=_BYTES_PER_TOKEN * sum(lengths),
     )
 
 
 def _why_length(data: PreparedData) -> str:
-    longest = data.lengths.max
+    longest, num_rows = data.lengths.max, len(data.rowset.rows)
     if data.max_length >= longest:
-        return f"the longest of {len(data.rowset.rows):,} rows has {longest:,.0f} tokens"
+        return f"the longest of {num_rows:,} rows has {longest:,.0f} tokens"
     return f"rows go up to {longest:,.0f} tokens; {data.fit.num_truncated:,} are cut"
+
+
+def refuse_what_does_not_fit(plan: Plan) -> None:
+    """Before anything is downloaded or written.
+
+    Raises:
+        HardwareError: with the numbers, and what is near and fits.
+    """
+    if plan.fits:
+        return
+    nearest = "".join(f"\n  {each.change}: {format_bytes(each.peak_bytes)}  ({' '.join(each.overrides)})" for each in plan.alternatives)
+    raise HardwareError(
+        f"{plan.model} does not fit on {plan.device}: with the least that the recipe allows it takes "
+        f"{format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)}, most of it {plan.largest_part} "
+        f"({format_bytes(plan.parts[plan.largest_part])}).",
+        f"What would fit:{nearest}" if nearest else "Nothing near it fits either; `qlora models` shows what does.",
+    )
 
 
 def check_trackers(recipe: Recipe) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.architecture import lora_parameters
 from qlora.evaluation import Evaluation
-from qlora.hardware import peak_memory_bytes
 from qlora.results.facts import DataFacts, ModelFacts, RunSummary, Sample, TrainingFacts
 from qlora.results.report import reproduce_command
+from qlora.training.meter import MemoryMeter, planned_phases
 from qlora.training.setup import Setup, library_versions
 from qlora.units import spread
 
@@ -25,7 +25,7 @@ _NUM_SAMPLES = 3
 
 def summarise(
     setup: Setup, model: PeftModel, folder: Path, rows: Sequence[Mapping[str, Any]], before: Evaluation | None,
-    after: Evaluation | None, seconds: Mapping[str, float],
+    after: Evaluation | None, seconds: Mapping[str, float], meter: MemoryMeter,
 ) -> RunSummary:
     """Everything a report says. `rows` are the lines of metrics.jsonl."""
     steps = [row for row in rows if "loss" in row]
@@ -54,13 +54,15 @@ def summarise(
             trained_tokens=sum(row["trained_tokens"] for row in steps),
             tokens_per_second=tokens / step_seconds if step_seconds else 0.0,
         ),
-        peak_bytes=peak_memory_bytes(setup.device),
+        peak_bytes=meter.peak_bytes,
         budget_bytes=setup.plan.budget_bytes,
         seconds=dict(seconds),
         settings=setup.plan.decisions,
         device=setup.device,
         versions=library_versions(),
         notes=notes(setup, settings),
+        planned_phases=planned_phases(setup),
+        measured_phases=dict(meter.allocated),
     )
 
 

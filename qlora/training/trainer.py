@@ -267,6 +267,7 @@ def build_trainer(
         report_to=list(settings["train.report_to"]),
         disable_tqdm=True,
         push_to_hub=False,  # the trainer's background push can fail without a word
+        router_aux_loss_coef=0.0,  # routers are frozen: there is nothing that this loss could balance
         max_length=None,  # rows are cut already
         packing=False,
         padding_free=bool(settings["data.packing"]),

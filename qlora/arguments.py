@@ -1,0 +1,159 @@
+"""What may be written after `qlora`: the verbs, their options and their help. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+
+from qlora import __version__
+
+_DESCRIPTION = """\
+Fine-tune a large language model on one small GPU: a frozen 4-bit base, trainable 16-bit LoRA adapters.
+
+  qlora train recipes/quickstart.yaml            a first run, on a GPU or a CPU, without network
+  qlora plan --model Qwen/Qwen3-8B --vram 8GB    what can be trained on this card, and with what settings?
+  qlora check recipes/chat.yaml                  is the data right? no weights needed
+  qlora inspect Qwen/Qwen3-0.6B --r 16           what would be adapted, and how large is it?
+"""
+_PLAN_DESCRIPTION = """\
+Plan a run without weights and without the card: does it fit, what takes the memory, and which settings are best?
+Exit code 0: it fits. 2: it does not, and what would is listed; with --compare, not on any card.
+"""
+_PLAN_EXAMPLES = """\
+examples:
+  qlora plan recipes/chat.yaml                             this recipe on this machine
+  qlora plan recipes/chat.yaml --gpu "RTX 4060" lora.r=32  on a card that is not here, with the rank fixed
+  qlora plan --model Qwen/Qwen3-8B --compare 8,12,24       a model, without data, on cards of three sizes
+  qlora plan --model Qwen/Qwen3-8B --vram 8GB --write my.yaml   then: qlora train my.yaml data.path=my-rows.jsonl
+"""
+_MODELS_EXAMPLES = """\
+examples:
+  qlora models --vram 8GB                everything that the catalog holds, on a card of 8 GB
+  qlora models --gpu "RTX 3060" --fits   only what fits
+  qlora models --json                    on this machine, for a script
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A parser whose result has `verb`, None where none was written, and that verb's own words."""
+    parser = argparse.ArgumentParser(
+        prog="qlora", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`qlora VERB --help` explains a verb; `qlora train --help` lists every setting of a recipe.",
+    )
+    parser.add_argument("--version", action="version", version=f"qlora {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    parser.set_defaults(verb=None, debug=False)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+
+    train = verbs.add_parser(
+        "train", parents=[common], help="run a recipe", formatter_class=_SettingsHelp,
+        description="Run a recipe: plan, quantise, adapt, train, evaluate, save and report.",
+    )
+    _add_recipe(train)
+    train.set_defaults(verb="train")
+
+    check = verbs.add_parser(
+        "check", parents=[common], help="check a recipe and its data, without weights",
+        description="Check a recipe and its data: lengths, losses of rows, and three rows with the trained tokens marked. "
+        "Reads the tokenizer, no weights.",
+    )
+    _add_recipe(check)
+    check.add_argument("--data-only", action="store_true", help="do not load the tokenizer: rows and formats only")
+    check.set_defaults(verb="check")
+
+    plan = verbs.add_parser(
+        "plan", parents=[common], help="what fits on a card, and with what settings; no weights, no card needed",
+        usage="qlora plan (RECIPE | --model MODEL) [section.setting=value ...] [options]", description=_PLAN_DESCRIPTION,
+        epilog=_PLAN_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument("overrides", nargs="*", default=[], metavar="RECIPE section.setting=value",
+                      help="a recipe, and settings to replace, e.g. lora.r=32")
+    plan.add_argument("--model", metavar="MODEL", 
+                      help="instead of a recipe: a Hub id or a folder with config.json; plans without data, for rows of 2,048 "
+                      "tokens unless data.max_length says otherwise")
+    _add_card(plan)
+    plan.add_argument("--cpu", action="store_true", help="on the CPU of this machine")
+    plan.add_argument("--compare", metavar="CARDS",
+                      help="one row a card: sizes in GB or names, such as 4,6,8,12 or \"RTX 3060,24\"")
+    plan.add_argument("--json", action="store_true", help="print one JSON object; with --compare a list of them")
+    plan.add_argument("--plot", metavar="FILE",
+                      help="draw the memory by part and phase into a PNG file; with --compare by card")
+    plan.add_argument("--write", metavar="FILE", help="write the plan as a recipe, every decided setting with its reason")
+    plan.add_argument("--force", action="store_true", help="let --write replace a file")
+    plan.set_defaults(verb="plan")
+
+    models = verbs.add_parser(
+        "models", parents=[common], help="which models of the catalog can be trained on a card",
+        description="Plan every model of the catalog on one card, the smallest model first. The first time takes a while;\n"
+        "plans are kept. Exit code 2 where nothing fits.",
+        epilog=_MODELS_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_card(models)
+    models.add_argument("--fits", action="store_true", help="leave out what does not fit")
+    models.add_argument("--json", action="store_true", help="print a JSON list")
+    models.set_defaults(verb="models")
+
+    inspect = verbs.add_parser(
+        "inspect", parents=[common], help="list a model's projections and what an adapter would add",
+        description="List the projections of a model, what target names hit, and how many parameters an adapter gets. Reads "
+        "the config alone; the models of the catalog need no network.",
+    )
+    inspect.add_argument("model", help="a Hub id, a folder with config.json, or builtin:tiny")
+    inspect.add_argument("--r", type=_positive, default=16, metavar="N", help="rank (default: 16)")
+    inspect.add_argument("--targets", default="all", help="all, attention, qv, or names: c_attn,c_proj (default: all)")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(verb="inspect")
+
+    push = verbs.add_parser(
+        "push", parents=[common], help="send a run's adapter to the Hub",
+        description="Send the adapter of a finished run to the Hub. Running it again finishes what was broken off.",
+    )
+    push.add_argument("folder", metavar="RUN", help="a run folder, or its adapter/ folder")
+    push.add_argument("repo", help="name or owner/name")
+    push.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
+    push.set_defaults(verb="push")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML recipe, such as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.setting=value", help="replace a setting, e.g. lora.r=32")
+
+
+def _add_card(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vram", metavar="SIZE", help="a card with so much memory, such as 8GB; with --gpu, a variant of it")
+    parser.add_argument("--gpu", metavar="NAME", help='a card by name, such as "RTX 4060" (default: this machine)')
+
+
+def join_sizes(words: Sequence[str]) -> list[str]:
+    """`--vram -3GB` as one word: argparse would take the size for an option, and our message says more than its own."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in ("--vram", "--compare") and re.match(r"-[\d.]", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+class _SettingsHelp(argparse.RawDescriptionHelpFormatter):
+    """Help that ends with every setting, from the recipe's declarations."""
+
+    def format_help(self) -> str:
+        shown = super().format_help()
+        if "options:" not in shown:  # argparse asks for the usage line alone through the same method
+            return shown
+        from qlora.settings import describe_settings
+
+        lines = [shown, "settings (section.setting = default):"]
+        for doc in describe_settings():
+            lines += [f"  {doc.key} = {doc.default}", f"      {doc.help}", f"      Takes {doc.expects}."]
+        return "\n".join(lines) + "\n"
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)

@@ -1,0 +1,155 @@
+"""What loading a base allocates, tensor by tensor, on the device and in RAM.
+
+Read in transformers 5.23 (5.17 does the same), where `from_pretrained` quantises a 16-bit checkpoint as it loads it:
+
+1. modeling_utils.py, caching_allocator_warmup: on CUDA one block of the size of the whole model, 4-bit weights counted as
+   half a byte each and their scales not at all, is taken and given back at once. What follows is cut from it.
+2. core_model_loading.py, convert_and_load_state_dict_in_model: tensors go one at a time, in the natural order of their
+   names ("layers.2" before "layers.10"); the threads that load ahead are off while quantising. Each is moved to the device
+   in 16 bits, a change of type is made in RAM on the way.
+3. integrations/bitsandbytes.py, Bnb4bitQuantize: it is quantised there, and the 16-bit tensor is released after that.
+   GPT-2's weights are stored transposed: quantising them makes a second 16-bit copy.
+4. Experts that a checkpoint stores one by one are moved to the device together and stacked there (MergeModulelist,
+   Concatenate): for a moment there are two copies of a layer's experts.
+
+The 4-bit tensors: bitsandbytes 0.50, functional.quantize_4bit and quantize_blockwise, backends/cuda/ops.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from qlora.planning.trace import Recorder
+
+if TYPE_CHECKING:
+    import bitsandbytes as bnb
+    import torch
+    from transformers import PreTrainedModel
+
+_KEPT_FREE_BYTES = 1.2 * 2**30  # of the card's memory; modeling_utils.py, caching_allocator_warmup
+
+
+def record_loading(
+    recorder: Recorder, model: PreTrainedModel, *, warm_up: bool = True, device_bytes: int | None = None
+) -> None:
+    """Record the phase "load" of a model that ends up like this one, whose tensors are counted from here on.
+
+    What each tensor is for may be said later with `Recorder.track`; here all of it is "base".
+
+    Args:
+        model: on meta, in 4 bits, as `qlora.model.meta.build_base_on_meta` leaves it.
+        warm_up: transformers' first block, which it takes on CUDA and not on the CPU.
+        device_bytes: the card's memory; the first block leaves 1.2 GiB of it alone. None: as large as it likes.
+    """
+    import bitsandbytes as bnb
+
+    from transformers.pytorch_utils import Conv1D
+
+    with recorder.during("load", "base"):
+        if warm_up:
+            _hold_and_drop(recorder, [_warm_up_bytes(model, device_bytes)], "warm-up")
+        stacked = _stacked_parameters(model)
+        for name, tensor in in_loading_order(model):
+            module = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, bnb.nn.Linear4bit) and name.endswith(".weight"):
+                _quantise(recorder, module, transposed=issubclass(getattr(module, "source_cls", object), Conv1D))
+            elif name in stacked:
+                _stack(recorder, tensor, stacked[name])
+            else:
+                recorder.track(tensor, "base")
+        for buffer in model.buffers():  # they are made anew after the weights
+            recorder.track(buffer, "base")
+
+
+def loading_host_bytes(model: PreTrainedModel) -> int:
+    """RAM that loading needs beside the process itself, where the device is a GPU: the tensor with most numbers in 16 bits,
+    once as it was read and once in another 16-bit type. The mapped file is the system's cache and can be taken from it.
+    """
+    return 2 * 2 * max((_num_weights(parameter) for parameter in model.parameters()), default=0)
+
+
+def in_loading_order(model: PreTrainedModel) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters by name in the order in which the loader goes through them; tied ones once."""
+    return sorted(model.named_parameters(), key=lambda item: _natural_key(item[0]))
+
+
+# --- details -----------------------------------------------------------------------------------------------------------
+
+
+def _warm_up_bytes(model: PreTrainedModel, device_bytes: int | None) -> int:
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return size if device_bytes is None else min(size, int(device_bytes - _KEPT_FREE_BYTES))
+
+
+def _quantise(recorder: Recorder, module: bnb.nn.Linear4bit, *, transposed: bool) -> None:
+    """From the 16-bit tensor to the packed one and its scales, in bitsandbytes' order."""
+    state = module.quant_state
+    sixteen = [_num_weights(module.weight) * state.dtype.itemsize] * (2 if transposed else 1)
+    held = [recorder.hold(size, "16-bit weight", "workspace") for size in sixteen]
+    if not state.nested:
+        recorder.track(state.absmax, "base")
+        recorder.track(module.weight, "base")
+        recorder.track(state.code, "base")
+    else:
+        scales_bytes = 4 * state.absmax.numel()
+        scales = recorder.hold(scales_bytes, "fp32 scales", "workspace")
+        recorder.track(module.weight, "base")
+        recorder.track(state.code, "base")
+        recorder.track(state.offset, "base")
+        centred = recorder.hold(scales_bytes, "fp32 scales less their mean", "workspace")
+        recorder.track(state.state2.absmax, "base")
+        recorder.track(state.absmax, "base")
+        recorder.track(state.state2.code, "base")
+        recorder.drop(centred)
+        recorder.drop(scales)
+    for number in held:
+        recorder.drop(number)
+
+
+def _stack(recorder: Recorder, tensor: torch.Tensor, num_sources: int) -> None:
+    """Experts that came one by one: all of them, then each source stacked, then the sources side by side."""
+    size, num_experts = tensor.numel() * tensor.element_size(), tensor.shape[0]
+    part = size // num_sources
+    single = [recorder.hold(part // num_experts, "expert", "workspace") for _ in range(num_sources * num_experts)]
+    stacks = [recorder.hold(part, "stacked experts", "workspace") for _ in range(num_sources if num_sources > 1 else 0)]
+    if num_sources == 1:
+        recorder.track(tensor, "base")
+    for number in single:
+        recorder.drop(number)
+    recorder.track(tensor, "base")
+    for number in stacks:
+        recorder.drop(number)
+
+
+def _stacked_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters that the loader stacks from one tensor per expert, with the number of tensors of each expert."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import MergeModulelist, WeightConverter
+
+    found = {}
+    for conversion in get_model_conversion_mapping(model):
+        if isinstance(conversion, WeightConverter) and any(isinstance(op, MergeModulelist) for op in conversion.operations):
+            ends = tuple(conversion.target_patterns)
+            found |= {name: len(conversion.source_patterns) for name, parameter in model.named_parameters()
+                      if name.endswith(ends) and parameter.ndim == 3}
+    return found
+
+
+def _num_weights(parameter: torch.Tensor) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def _hold_and_drop(recorder: Recorder, sizes: list[int], op: str) -> None:
+    for number in [recorder.hold(size, op, "workspace") for size in sizes]:
+        recorder.drop(number)
+
+
+def _natural_key(name: str) -> list[tuple[Any, ...]]:
+    """As core_model_loading.py, dot_natural_key: numbers by value and before words; "shard_2" before "shard_11"."""
+    key: list[tuple[Any, ...]] = []
+    for word in name.split("."):
+        stem, digits = re.fullmatch(r"(.*?)(\d*)", word).groups()
+        key.append((0, int(word)) if word.isdigit() else (1, stem, int(digits)) if digits else (1, stem))
+    return key

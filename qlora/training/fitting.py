@@ -1,0 +1,230 @@
+"""Make the plan: search for the settings that use the budget best, simulate what was found, and say what it needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from qlora.architecture import Architecture, TargetSelection
+from qlora.generation import TOKENS_PER_BATCH
+from qlora.hardware import Device
+from qlora.planning.allocator import slack_bytes
+from qlora.planning.budget import Budget, find_budget, program_bytes
+from qlora.planning.choose import Facts, choose, find_options
+from qlora.planning.plan import PARTS, Decision, Plan
+from qlora.planning.receipts import Margin, Receipts
+from qlora.planning.search import Candidate, Found, Options, largest_length, search
+from qlora.planning.speed import estimate_speed
+from qlora.precision import Precision
+from qlora.progress import Progress
+from qlora.recipe import Recipe
+from qlora.training.alternatives import find_alternatives
+from qlora.training.simulator import Simulated, Simulator, Workload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Batches of generation to choose from, in tokens; 0 is one row at a time.
+_GENERATION_TOKENS = (TOKENS_PER_BATCH, 2048, 1024, 512, 0)
+_SHORTEST_LENGTH, _LONGEST_LENGTH = 128, 131_072
+# Checkpoints that are on disk at once: two that are kept, and one that is being written.
+_NUM_CHECKPOINTS = 3
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a plan wants to know of the data. Counts are None where there is none.
+
+    Attributes:
+        max_length: tokens of the longest row, or of a full pack.
+        ragged: rows differ in length.
+        host_bytes: RAM that the tokens take.
+    """
+
+    num_train: int | None
+    num_validation: int | None
+    max_length: int
+    max_length_reason: str
+    ragged: bool
+    format: str
+    format_reason: str
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe and what was found out for it: all that a plan follows from."""
+
+    recipe: Recipe
+    device: Device
+    precision: Precision
+    config: PreTrainedConfig = field(repr=False)
+    architecture: Architecture = field(repr=False)
+    selection: TargetSelection = field(repr=False)
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Room:
+    """A budget, and what a run takes of it beside its tensors."""
+
+    budget: Budget
+    margin: Margin
+    expandable: bool
+    on_gpu: bool
+
+    def total(self, tensor_bytes: int) -> int:
+        """What must be there for so many bytes of tensors."""
+        return tensor_bytes + self.slack(tensor_bytes) + self.reserve(tensor_bytes) + self.budget.context_bytes
+
+    def slack(self, tensor_bytes: int) -> int:
+        """What torch's allocator holds and cannot use."""
+        return slack_bytes(tensor_bytes, expandable=self.expandable) if self.on_gpu else 0
+
+    def reserve(self, tensor_bytes: int) -> int:
+        """The margin for what the simulation has missed in earlier runs."""
+        return round(tensor_bytes * self.margin.share) + self.margin.bytes
+
+    def holds(self, tensor_bytes: int) -> bool:
+        """Whether so many bytes of tensors fit."""
+        return self.total(tensor_bytes) <= self.budget.bytes
+
+    def longest(self, simulator: Simulator, candidate: Candidate, low: int, high: int) -> int | None:
+        """The longest rows, from `low` to `high` tokens, with which a candidate fits; None where `low` is too long."""
+        def need(length: int) -> int:
+            return self.total(simulator.tensors(replace(candidate, max_length=length)))
+
+        return largest_length(need, self.budget.bytes, low, high) if need(low) <= self.budget.bytes else None
+
+
+def make_plan(job: Job, progress: Progress | None = None, *, look_around: bool = False, sketch: bool = False) -> Plan:
+    """The plan for a job.
+
+    Args:
+        look_around: also find the longest length that fits.
+        sketch: leave it at shallow models, and look for no alternatives: for tables of many models.
+
+    Raises:
+        QloraError: fixed values that contradict each other, a budget below what a card takes for itself, a model that the
+            training code cannot run.
+    """
+    started = time.perf_counter()
+    receipts = Receipts.load()
+    room = find_room(job, receipts)
+    facts = _facts(job, room.budget)
+    options, batch = find_options(job.recipe, facts)
+    simulator = Simulator(workload(job, facts.attentions[0], batch.value))
+    with (progress or Progress()).stage(f"Planning {job.recipe.model.base}"):
+        found, generation_tokens, whole = _fit(simulator, options, room, sketch)
+    decisions, num_steps = choose(job.recipe, facts, found, batch)
+    decisions["memory.generation_tokens"] = _generation_decision(generation_tokens)
+    settings = {key: decision.value for key, decision in decisions.items()}
+    speed = estimate_speed(job.architecture, settings, job.device, receipts)
+    longest = _longest(simulator, found, room, job.architecture.max_positions) if look_around else None
+    alternatives = () if found.fits or sketch else find_alternatives(job, simulator, options, room)
+    return Plan(
+        model=job.recipe.model.base, device=job.device.name, kind=job.device.kind, budget_bytes=room.budget.bytes,
+        fits=found.fits, phases=whole.phases, parts=_parts(whole, room), reserved_bytes=whole.reserved_bytes,
+        host_peak_bytes=_host_bytes(job, whole, receipts), disk_bytes=_disk_bytes(whole.parts), decisions=decisions, num_steps=num_steps,
+        alternatives=alternatives, tokens_per_second=speed.tokens_per_second, speed_basis=speed.basis,
+        notes=_notes(job, room), longest_length=longest, seconds=round(time.perf_counter() - started, 3),
+    )
+
+
+def find_room(job: Job, receipts: Receipts) -> Room:
+    """The budget with the margin that earlier runs on this device have taught.
+
+    Raises:
+        HardwareError: the budget is below the CUDA context, or above the card.
+    """
+    on_gpu = job.device.kind == "cuda"
+    budget = find_budget(job.device, job.recipe.memory.budget, receipts)
+    expandable = on_gpu and not job.device.windows
+    margin = receipts.margin(job.device, allocator_name(job.device))
+    return Room(budget, margin, expandable=expandable, on_gpu=on_gpu)
+
+
+def allocator_name(device: Device) -> str:
+    """How receipts call the allocator that a run uses: Windows has no expandable segments."""
+    return "cpu" if device.kind == "cpu" else "native" if device.windows else "expandable"
+
+
+def workload(job: Job, attention: str, batch: int) -> Workload:
+    """What the simulator needs of a job."""
+    return Workload(
+        config=job.config, architecture=job.architecture, selection=job.selection, precision=job.precision, device=job.device,
+        attention=attention, batch=batch, packed=job.recipe.data.packing, ragged=job.rows.ragged, dropout=job.recipe.lora.dropout,
+    )
+
+
+def _parts(whole: Simulated, room: Room) -> dict[str, int]:
+    """What the peak consists of, context and margin with it, in the order of `planning.plan.PARTS`."""
+    peak = whole.peak_bytes
+    parts = {**whole.parts, "context": room.budget.context_bytes, "margin": room.reserve(peak)}
+    parts["workspace"] = parts.get("workspace", 0) + max(room.slack(peak), whole.slack_bytes)
+    return {name: parts.get(name, 0) for name in PARTS}
+
+
+def _facts(job: Job, budget: Budget) -> Facts:
+    rows, wanted = job.rows, job.recipe.model.attention
+    return Facts(
+        device=job.device, budget_bytes=budget.bytes, budget_reason=budget.reason, precision=job.precision,
+        num_parameters=job.architecture.num_parameters, num_layers=job.architecture.num_layers,
+        attentions=(wanted,) if wanted != "auto" else job.architecture.attentions, num_train_rows=rows.num_train,
+        num_validation_rows=rows.num_validation, max_length=rows.max_length, max_length_reason=rows.max_length_reason,
+        data_format=rows.format, data_format_reason=rows.format_reason,
+    )
+
+
+def _fit(simulator: Simulator, options: Options, room: Room, sketch: bool) -> tuple[Found, int, Simulated]:
+    """Search with shallow models; what is found is simulated whole, and looked for again should that need more."""
+    refused: set[Candidate] = set()
+
+    def fits(candidate: Candidate) -> bool:
+        return candidate not in refused and room.holds(simulator.tensors(candidate))
+
+    while True:
+        found = search(options, fits)
+        tokens = next((n for n in _GENERATION_TOKENS if room.holds(simulator.generation(found.candidate, n))), 0)
+        if sketch:
+            return found, tokens, simulator.sketch(found.candidate, tokens)
+        whole = simulator.whole(found.candidate, tokens)
+        if not found.fits or sum(_parts(whole, room).values()) <= room.budget.bytes:
+            return found, tokens, whole
+        refused.add(found.candidate)
+
+
+def _longest(simulator: Simulator, found: Found, room: Room, max_positions: int | None) -> int | None:
+    """Tokens of the longest rows that fit with the other settings as they are; None where not even short ones do."""
+    most = min(max_positions or _LONGEST_LENGTH, _LONGEST_LENGTH)
+    if found.fits:
+        return room.longest(simulator, found.candidate, found.candidate.max_length, most)
+    return room.longest(simulator, found.candidate, min(_SHORTEST_LENGTH, found.candidate.max_length), found.candidate.max_length)
+
+
+def _generation_decision(num_tokens: int) -> Decision:
+    if num_tokens == _GENERATION_TOKENS[0]:
+        return Decision(num_tokens, "default", "prompts and answers that are written at once, in tokens")
+    return Decision(num_tokens, "derived", "as many tokens of answers at once as fit beside the weights")
+
+
+def _host_bytes(job: Job, whole: Simulated, receipts: Receipts) -> int:
+    """The program, the rows and, on a CPU, the tensors; on a GPU what passes through RAM on its way there."""
+    tensors = max(whole.phases.values()) if job.device.kind == "cpu" else 2 * _largest_tensor_bytes(job)
+    return program_bytes(job.device, receipts) + job.rows.host_bytes + tensors
+
+
+def _largest_tensor_bytes(job: Job) -> int:
+    sizes = [p.in_features * p.out_features for p in (*job.architecture.projections, *job.architecture.others)]
+    return 2 * max([*sizes, job.architecture.vocab_size * job.architecture.hidden_size])
+
+
+def _disk_bytes(parts: Mapping[str, int]) -> int:
+    """Checkpoints with adapter and optimizer state, and the adapter itself."""
+    return _NUM_CHECKPOINTS * (parts.get("adapters", 0) + parts.get("optimizer", 0)) + parts.get("adapters", 0)
+
+
+def _notes(job: Job, room: Room) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([*job.selection.notes, *(text for text in (room.margin.reason,) if text)]))

@@ -1,0 +1,341 @@
+"""Run the training code on a model without weights, and record what it allocates.
+
+The model is on the meta device; trainer, collator, loss, adapters and optimizer are the ones that a run uses. So the record
+changes when the code or a library changes, and no formula of memory has to be kept up with them.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from qlora import _compat
+from qlora.architecture import TargetSelection
+from qlora.generation import TOKENS_PER_BATCH, rows_at_once
+from qlora.hardware import Device
+from qlora.model.adapt import add_adapters
+from qlora.model.meta import build_base_on_meta, quantisation_tensors
+from qlora.planning.kernels import cublas_workspace_bytes, cuda_functions, cuda_temporaries
+from qlora.planning.kernels_cpu import cpu_attention_kernel, cpu_temporaries
+from qlora.planning.loading import record_loading
+from qlora.planning.trace import Event, Recorder
+from qlora.precision import Precision, torch_dtype
+from qlora.training.trainer import AdapterTrainer, as_dataset, build_trainer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_GENERATED_TOKENS = 256
+_PAGED_FROM = 100_000  # numbers; smaller state stays on the card (bitsandbytes 0.50, optim/optimizer.py, get_state_buffer)
+
+
+class _Row(NamedTuple):
+    """What the trainer reads of a `qlora.data.TokenRow`."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The shape of what goes through the model.
+
+    Attributes:
+        row_tokens: the longest row, or a full pack.
+        ragged: rows of a batch differ in length, so it is padded and attention needs a mask.
+        packed: one sequence of several rows, with positions that start anew.
+        generation_tokens: prompts and answers of one batch of generation.
+    """
+
+    micro_batch: int
+    accumulation: int
+    row_tokens: int
+    ragged: bool = False
+    packed: bool = False
+    generation_tokens: int = TOKENS_PER_BATCH
+
+
+def rehearse(
+    config: PreTrainedConfig,
+    selection: TargetSelection,
+    *,
+    precision: Precision,
+    device: Device,
+    settings: Mapping[str, Any],
+    batches: Batches,
+    num_layers: int | None = None,
+    phases: Sequence[str] = ("load", "train", "eval", "generate", "save", "merge"),
+    brief: bool = False,
+) -> list[Event]:
+    """Record the phases of a run, in this order.
+
+    Args:
+        device: whose kernels are assumed; it need not be here.
+        settings: decided values by dotted name, as in `Plan.settings`.
+        num_layers: keep only the first layers of the model.
+        brief: one micro-batch with gradients and optimizer state in place, instead of two steps that make them. The peaks are
+            the same; the history that the allocator sees is not.
+    """
+    recorder = Recorder("meta", _temporaries(device), ragged=batches.ragged)
+    state = random.getstate(), torch.get_rng_state()
+    on_gpu = device.kind == "cuda"
+    functions = cuda_functions(device.capability) if on_gpu else {"scaled_dot_product_attention": cpu_attention_kernel()}
+    try:
+        with _compat.pretend_device(functions, triton=on_gpu and not device.windows):
+            base = build_base_on_meta(
+                config, precision=precision, attention=settings["model.attention"], num_layers=num_layers
+            )
+            if "load" in phases:
+                record_loading(recorder, base, warm_up=on_gpu, device_bytes=device.memory_bytes)
+            model = _adapt(base, selection, precision, settings)
+            stage = _Stage(model, recorder, precision, settings, batches)
+            with recorder:
+                _hold_workspaces(recorder, device)
+                if brief:
+                    stage.skip_ahead()
+                for phase in (phase for phase in phases if phase != "load"):
+                    with recorder.during(phase, "activations"):
+                        getattr(stage, phase)()
+    finally:
+        random.setstate(state[0])
+        torch.set_rng_state(state[1])
+    return [event for event in recorder.trace() if event.part != "paged"]
+
+
+class _Stage:
+    """A trainer with a model on meta, and one method for each phase."""
+
+    def __init__(
+        self, model: PeftModel, recorder: Recorder, precision: Precision, settings: Mapping[str, Any], batches: Batches
+    ):
+        self.model, self.recorder, self.batches, self.settings = model, recorder, batches, settings
+        self.steps = (1, min(2, batches.accumulation))  # micro-batches of each
+        self.trainer = _trainer(model, precision, settings, batches)
+        self.trainer.current_gradient_accumulation_steps = batches.accumulation  # what its training loop sets
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.paged = settings["train.optimizer"].startswith("paged")
+        self.optimizer = _optimizer(self.trainer, self.trainable)
+        _track_weights(recorder, model)
+        _mark_loss(recorder, model)
+
+    def skip_ahead(self) -> None:
+        """To the last micro-batch of a later step: what the earlier ones leave behind, without running them."""
+        self._make_gradients()
+        self.optimizer.step()
+        self._track_optimizer()
+        self.model.zero_grad()
+        if self.batches.accumulation > 1:
+            self._make_gradients()
+        self.steps = (1,)
+
+    def train(self) -> None:
+        """Optimizer steps; from the second on there is optimizer state, and from its second micro-batch on gradients."""
+        self.model.train()
+        if self.trainer.args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(self.trainer.args.gradient_checkpointing_kwargs)
+        for num_micro_batches in self.steps:
+            # The trainer fetches all micro-batches of a step before the first one.
+            for inputs in [self._inputs() for _ in range(num_micro_batches)]:
+                self.recorder.switch(part="activations")
+                with self.trainer.compute_loss_context_manager():
+                    loss = self.trainer.compute_loss(self.model, inputs, num_items_in_batch=_number())
+                loss.backward()
+                del loss, inputs
+                for parameter in self.trainable:
+                    self.recorder.track(parameter.grad, "gradients")
+            self.recorder.switch(part="workspace")
+            torch.nn.utils.clip_grad_norm_(self.trainable, self.trainer.args.max_grad_norm, foreach=False)
+            self.optimizer.step()
+            self._track_optimizer()
+            self.model.zero_grad()
+
+    def eval(self) -> None:
+        """One batch of held-out rows, as `AdapterTrainer.measure` does it."""
+        self.model.eval()
+        inputs = self._inputs()
+        self.recorder.switch(part="activations")
+        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+            self.trainer.compute_loss(self.model, inputs, num_items_in_batch=_number())
+
+    def generate(self) -> None:
+        """A prompt and a long answer, as `qlora.generation.answer` batches them: first and last token."""
+        rows = rows_at_once(self.batches.row_tokens, _GENERATED_TOKENS, self.batches.generation_tokens)
+        prompt_tokens = self.batches.row_tokens
+        self.model.eval()
+        with torch.no_grad():
+            out = self.model(**_prompt(rows, prompt_tokens), use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            out.logits[:, -1].to(torch.float32, copy=True)
+            del out
+            _lengthen(cache, _GENERATED_TOKENS)
+            step = _prompt(rows, 1, seen=prompt_tokens + _GENERATED_TOKENS)
+            self.model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def save(self) -> None:
+        """Adapter and optimizer go to the file from where they are; nothing is allocated on the device."""
+        self.recorder.hold(0, "save", "workspace")
+
+    def merge(self) -> None:
+        """One projection after the other: the dequantised weight and what the adapter adds to it."""
+        from peft.tuners.lora import LoraLayer
+
+        import bitsandbytes as bnb
+
+        with torch.no_grad():
+            for module in self.model.modules():
+                if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), bnb.nn.Linear4bit):
+                    weight = module.get_base_layer().weight
+                    full = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+                    full + module.get_delta_weight("default").to(full.dtype)
+
+    def _inputs(self) -> dict[str, torch.Tensor]:
+        with self.recorder.during(part="activations"):
+            return {key: torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
+                    for key, value in self._collated.items()}
+
+    @property
+    def _collated(self) -> dict[str, Any]:
+        rows = [{"input_ids": row.input_ids, "labels": row.labels} for row in _rows(self.batches)]
+        if self.batches.packed:
+            rows = [{**row, "seq_lengths": [len(row["input_ids"]) // 2, len(row["input_ids"]) - len(row["input_ids"]) // 2]}
+                    for row in rows]
+        return dict(self.trainer.data_collator(rows))
+
+    def _make_gradients(self) -> None:
+        for parameter in self.trainable:
+            parameter.grad = torch.empty_like(parameter)
+            self.recorder.track(parameter.grad, "gradients")
+
+    def _track_optimizer(self) -> None:
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    paged = self.paged and value.numel() >= _PAGED_FROM
+                    self.recorder.track(value, "paged" if paged else "optimizer")
+
+
+# --- building ----------------------------------------------------------------------------------------------------------
+
+
+def _adapt(
+    base: PreTrainedModel, selection: TargetSelection, precision: Precision, settings: Mapping[str, Any]
+) -> PeftModel:
+    return add_adapters(
+        base, selection, r=settings["lora.r"], alpha=settings["lora.alpha"], dropout=settings["lora.dropout"], seed=0,
+        dtype=torch_dtype(precision.adapters),
+    )
+
+
+def _trainer(
+    model: PeftModel, precision: Precision, settings: Mapping[str, Any], batches: Batches
+) -> AdapterTrainer:
+    """The run's own trainer. It thinks that it is on a CPU: where it is does not change what it asks of the model."""
+    settings = {**settings, "train.eval_every": 0, "train.save_every": 0, "train.max_steps": 1, "train.report_to": (),
+                "train.micro_batch": batches.micro_batch, "train.accumulation": batches.accumulation}
+    host = Device("cpu", "meta", 0, 0, 0, 0, 1, True)
+    with tempfile.TemporaryDirectory() as folder:
+        return build_trainer(
+            model, _tokenizer(), as_dataset(_rows(Batches(1, 1, 8))), None, folder=Path(folder), settings=settings,
+            precision=Precision(precision.compute, precision.adapters, False, ""), device=host, num_steps=1,
+            on_row=lambda row: None,
+        )
+
+
+def _tokenizer() -> PreTrainedTokenizerBase:
+    """The trainer wants one; rows are tokens already, so it is never asked."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
+
+
+def _rows(batches: Batches) -> list[_Row]:
+    """The longest row, and with it others: as long, or half as long where rows are ragged."""
+    lengths = [batches.row_tokens] * batches.micro_batch
+    if batches.ragged:
+        lengths[1:] = [max(2, batches.row_tokens // 2)] * (len(lengths) - 1)
+    return [_Row(input_ids=[1] * length, labels=[1] * length) for length in lengths]
+
+
+def _optimizer(trainer: AdapterTrainer, trainable: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The class and options that the trainer would use, without torch's fused kernel, which is none on meta.
+
+    State is the same; the plain form's temporaries are those of one adapter matrix at a time. Paged state is managed memory,
+    which the driver moves off the card when others need it; on meta it is plain state that is left out of the count.
+    """
+    cls, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    options.pop("is_paged", None)
+    if options.pop("fused", False):
+        options["foreach"] = False
+    return cls(trainable, **options)
+
+
+# --- recording ---------------------------------------------------------------------------------------------------------
+
+
+def _temporaries(device: Device) -> Mapping[Any, Callable[..., Sequence[int]]]:
+    return cpu_temporaries() if device.kind == "cpu" else cuda_temporaries(device.capability)
+
+
+def _hold_workspaces(recorder: Recorder, device: Device) -> None:
+    """cuBLAS takes one for the thread of the forward pass and one for that of the backward pass."""
+    if device.kind == "cuda":
+        for _ in range(2):
+            recorder.hold(cublas_workspace_bytes(device.capability), "cublas workspace", "workspace")
+
+
+def _track_weights(recorder: Recorder, model: PeftModel) -> None:
+    import bitsandbytes as bnb
+
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    for module in model.modules():
+        part = "head" if module is head else "embeddings" if isinstance(module, torch.nn.Embedding) else "base"
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            recorder.track(tensor, "adapters" if tensor.requires_grad else part)
+        if isinstance(module, bnb.nn.Linear4bit):
+            for tensor in quantisation_tensors(module):
+                recorder.track(tensor, "base")
+    recorder.track(embeddings.weight, "embeddings")  # where the head is tied to it, it is counted once, here
+
+
+def _mark_loss(recorder: Recorder, model: PeftModel) -> None:
+    """What is allocated between the end of the backbone and its first gradient is the loss's."""
+
+    def begins(module: Any, args: Any, output: Any) -> None:
+        recorder.switch(part="loss")
+        hidden = output[0]
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: recorder.switch(part="activations"))
+
+    model.get_base_model().base_model.register_forward_hook(begins)
+
+
+def _number() -> torch.Tensor:
+    return torch.empty((), dtype=torch.long, device="meta")
+
+
+def _prompt(rows: int, num_tokens: int, seen: int | None = None) -> dict[str, torch.Tensor]:
+    ids = torch.empty((rows, num_tokens), dtype=torch.long, device="meta")
+    return {"input_ids": ids, "attention_mask": torch.empty((rows, seen or num_tokens), dtype=torch.long, device="meta")}
+
+
+def _lengthen(cache: Any, num_tokens: int) -> None:
+    """The cache as it is `num_tokens` later, less the one that comes next. A sliding window keeps what it looks back on."""
+    for layer in cache.layers:
+        window = getattr(layer, "sliding_window", None)
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length += num_tokens - 1
+        for name in ("keys", "values"):
+            tensor = getattr(layer, name, None)
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 4:
+                rows, heads, length, width = tensor.shape
+                length += num_tokens - 1
+                setattr(layer, name, tensor.new_empty(rows, heads, min(length, window - 1) if window else length, width))

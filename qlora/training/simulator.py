@@ -1,0 +1,195 @@
+"""What candidates need, by rehearsal: two shallow models for a quick answer, the whole one for a promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qlora.architecture import Architecture, TargetSelection
+from qlora.catalog.skeleton import build_skeleton, layer_kinds
+from qlora.errors import ModelError, QloraError
+from qlora.hardware import Device
+from qlora.home import cache_home
+from qlora.planning.allocator import live_peaks, parts_at_peak, replay, slack_bytes
+from qlora.planning.cache import remembered
+from qlora.planning.depth import depths_to_simulate, extend
+from qlora.planning.search import Candidate
+from qlora.precision import Precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from qlora.planning.trace import Event
+
+_Answer = TypeVar("_Answer", bound=Any)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a search does not change.
+
+    Attributes:
+        batch: rows of an optimizer step.
+        ragged: whether rows that share a batch differ in length.
+        dropout: of the adapters.
+    """
+
+    config: PreTrainedConfig = field(repr=False)
+    architecture: Architecture = field(repr=False)
+    selection: TargetSelection = field(repr=False)
+    precision: Precision
+    device: Device
+    attention: str
+    batch: int
+    packed: bool
+    ragged: bool
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A run at full depth, without CUDA context and margin. Bytes.
+
+    Attributes:
+        phases: highest tensor memory by phase.
+        parts: what the highest of them consists of.
+        reserved_bytes: what the caching allocator takes at its highest, without a cap.
+        slack_bytes: what it must be given beyond the tensors' bytes.
+    """
+
+    phases: dict[str, int]
+    parts: dict[str, int]
+    reserved_bytes: int
+    slack_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest of the phases of a run."""
+        return max(size for phase, size in self.phases.items() if phase != "merge")
+
+
+class Simulator:
+    """Simulates candidates, each one once: within this object, and over runs through the cache on disk."""
+
+    def __init__(self, workload: Workload):
+        self.workload = workload
+        self.num_simulated = 0
+        self._depths = depths_to_simulate(layer_kinds(build_skeleton(workload.config)))
+        self._known: dict[Any, Any] = {}
+
+    def tensors(self, candidate: Candidate) -> int:
+        """Highest tensor memory of training and evaluation."""
+        return max(self._quick(candidate, ("train", "eval"), 0).values())
+
+    def generation(self, candidate: Candidate, num_tokens: int) -> int:
+        """Highest tensor memory while answers are written, in batches of up to so many tokens."""
+        return self._quick(candidate, ("generate",), num_tokens)["generate"]
+
+    def whole(self, candidate: Candidate, generation_tokens: int) -> Simulated:
+        """Every phase at full depth, with the allocator's history.
+
+        Raises:
+            ModelError: the training code cannot run this model.
+        """
+        def work_out() -> dict[str, Any]:
+            events = self._rehearse(candidate, generation_tokens)
+            phases = live_peaks(events)
+            resident = phases["save"]
+            # Merging is a command of its own: it takes one projection after the other, and no base beside it.
+            phases["merge"] = phases["merge"] - resident
+            training = [event for event in events if event.phase != "merge"]
+            reserved, slack = self._allocator(training)
+            return {"phases": phases, "parts": parts_at_peak(training)[1], "reserved_bytes": reserved, "slack_bytes": slack}
+
+        return Simulated(**self._remember("whole", candidate, generation_tokens, work_out))
+
+    def sketch(self, candidate: Candidate, generation_tokens: int) -> Simulated:
+        """The same from the two shallow models: right to a percent, in a fraction of the time."""
+        phases = {**self._quick(candidate, ("train", "eval"), 0), **self._quick(candidate, ("generate",), generation_tokens)}
+
+        def work_out() -> dict[str, int]:
+            def parts(num_layers: int | None) -> dict[str, int]:
+                return parts_at_peak(self._rehearse(candidate, 0, phases=("train",), num_layers=num_layers, brief=True))[1]
+
+            return self._extended(parts)
+
+        parts = self._remember("parts", candidate, generation_tokens, work_out)
+        rest = max(phases.values()) - sum(parts.values())
+        return Simulated(phases, {**parts, "activations": parts.get("activations", 0) + rest}, max(phases.values()), 0)
+
+    def _allocator(self, events: list[Event]) -> tuple[int, int]:
+        """What the allocator reserves when it may, and what it needs beyond the tensors when it may not."""
+        live = max(live_peaks(events).values())
+        if self.workload.device.kind == "cpu":
+            return live, 0
+        expandable = not self.workload.device.windows
+        free = replay(events, expandable=expandable).peak_reserved_bytes
+        slack = slack_bytes(live, expandable=expandable)
+        if live + slack < free and replay(events, expandable=expandable, limit_bytes=live + slack).out_of_memory:
+            slack = free - live
+        return free, slack
+
+    def _quick(self, candidate: Candidate, phases: tuple[str, ...], generation_tokens: int) -> dict[str, int]:
+        def peaks(num_layers: int | None) -> dict[str, int]:
+            found = live_peaks(self._rehearse(candidate, generation_tokens, phases=phases, num_layers=num_layers, brief=True))
+            return {phase: found[phase] for phase in phases}
+
+        return self._remember("-".join(phases), candidate, generation_tokens, lambda: self._extended(peaks))
+
+    def _extended(self, at_depth: Callable[[int | None], dict[str, int]]) -> dict[str, int]:
+        """Values at full depth, from two shallow models where the layers allow it."""
+        if self._depths is None:
+            return at_depth(None)
+        shallow, deeper = (at_depth(depth) for depth in self._depths)
+        return extend(shallow, deeper, self._depths, self.workload.architecture.num_layers)
+
+    def _rehearse(self, candidate: Candidate, generation_tokens: int, **options: Any) -> list[Event]:
+        from qlora.training.rehearsal import Batches, rehearse
+
+        work = self.workload
+        batches = Batches(
+            micro_batch=candidate.micro_batch, accumulation=max(1, work.batch // candidate.micro_batch),
+            row_tokens=candidate.max_length, ragged=work.packed or (work.ragged and candidate.micro_batch > 1),
+            packed=work.packed, generation_tokens=generation_tokens,
+        )
+        settings = {
+            "lora.r": candidate.r, "lora.alpha": candidate.r, "lora.dropout": work.dropout,
+            "memory.checkpointing": candidate.checkpointing, "train.optimizer": candidate.optimizer,
+            "model.attention": work.attention, "data.packing": work.packed, **_WITHOUT_EFFECT,
+        }
+        self.num_simulated += 1
+        try:
+            return rehearse(work.config, work.selection, precision=work.precision, device=work.device, settings=settings,
+                            batches=batches, **options)
+        except QloraError:
+            raise
+        except Exception as error:  # any type may come out of a model's own code
+            raise ModelError(
+                f"{work.architecture.name or work.architecture.model_type} cannot be trained in 4 bits with these libraries: a "
+                f"step on its skeleton stopped with {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+                "Choose another model of its size; `qlora models` lists those that are known.",
+            ) from error
+
+    def _remember(self, kind: str, candidate: Candidate, generation_tokens: int, work_out: Callable[[], _Answer]) -> _Answer:
+        key = kind, candidate, generation_tokens
+        if key not in self._known:
+            question = {"kind": kind, "tokens": generation_tokens, **asdict(candidate), **self._question()}
+            self._known[key] = remembered(cache_home() / "plans", question, work_out)
+        return self._known[key]
+
+    def _question(self) -> dict[str, Any]:
+        work = self.workload
+        config = {key: value for key, value in work.config.to_dict().items() if not key.startswith("_")}
+        return {
+            "config": config, "targets": work.selection.patterns, "precision": asdict(work.precision), "attention": work.attention,
+            "device": [work.device.kind, work.device.capability, work.device.windows, work.device.num_threads],
+            "batch": work.batch, "packed": work.packed, "ragged": work.ragged, "dropout": work.dropout,
+        }
+
+
+# Settings that the trainer wants and memory does not depend on.
+_WITHOUT_EFFECT = {
+    "train.keep": "last", "train.epochs": 1, "train.learning_rate": 1e-4, "train.schedule": "constant", "train.warmup": 0,
+    "train.weight_decay": 0.0, "train.max_grad_norm": 1.0, "train.seed": 0,
+}

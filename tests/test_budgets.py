@@ -1,0 +1,87 @@
+"""A plan is kept: settings that were planned for a budget are trained in a process of its own, and the memory of their tensors
+is measured.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import truth
+from qlora.hardware import Device
+from qlora.planning.plan import Plan
+from qlora.training.planner import plan_model
+from qlora.units import MIB
+
+# Budgets between what the least settings need and what all of them together do, so that something has to give.
+PAIRS = {
+    "llama": (70, 130, 270), "qwen3": (80, 180), "gemma2": (70, 150), "gpt2": (64, 200), "phi3": (50, 100),
+}
+GIVEN = ("data.max_length=256", "train.batch=4")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Folders with a config.json, all that a plan needs of a model."""
+    found = {}
+    for model in PAIRS:
+        found[model] = tmp_path_factory.mktemp(model)
+        truth.small_config(truth.Cell(model)).save_pretrained(found[model])
+    return found
+
+
+def planned(folder: Path, budget_mib: float) -> Plan:
+    return plan_model(str(folder), device=truth.CPU, overrides=(*GIVEN, f"memory.budget={budget_mib}MB"))
+
+
+def trained(model: str, plan: Plan, folder: Path) -> dict[str, int]:
+    """Peaks by phase of two real optimizer steps and what follows them."""
+    settings = plan.settings
+    cell = dict(
+        model=model, r=settings["lora.r"], micro_batch=settings["train.micro_batch"], accumulation=settings["train.accumulation"],
+        length=settings["data.max_length"], checkpointing=settings["memory.checkpointing"], optimizer=settings["train.optimizer"],
+        attention=settings["model.attention"], ragged=settings["train.micro_batch"] > 1,
+    )
+    script = ("import sys, json; from pathlib import Path; import truth\n"
+              "cell, folder = json.loads(sys.argv[1]), Path(sys.argv[2])\n"
+              "print(json.dumps(truth.measure(truth.Cell(**cell), folder, after=('eval',)).peaks))")
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(cell), str(folder)], capture_output=True, text=True,
+                          cwd=Path(__file__).parent, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("model", "budget_mib"), [(model, budget) for model, budgets in PAIRS.items() for budget in budgets])
+def test_a_planned_run_stays_within_its_budget(model, budget_mib, folders, tmp_path):
+    plan = planned(folders[model], budget_mib)
+    assert plan.fits and plan.peak_bytes <= plan.budget_bytes == budget_mib * MIB
+    measured = trained(model, plan, tmp_path)
+    peak = max(measured[phase] for phase in ("load", "train", "eval"))
+    assert peak <= plan.budget_bytes
+    assert peak == pytest.approx(max(plan.phases[phase] for phase in ("load", "train", "eval")), rel=0.05)
+
+
+def test_a_larger_budget_never_gives_a_worse_plan(folders):
+    before = ()
+    for budget_mib in (20, 50, 63, 70, 90, 130, 200, 300, 400):
+        plan = planned(folders["llama"], budget_mib)
+        settings = plan.settings
+        quality = (plan.fits, settings["train.micro_batch"], settings["lora.r"], not settings["memory.checkpointing"])
+        assert plan.fits == (plan.peak_bytes <= plan.budget_bytes)
+        if plan.fits:
+            assert quality >= before
+            before = quality
+    assert before[0]
+
+
+def test_what_does_not_fit_is_refused_with_what_would(folders):
+    plan = planned(folders["llama"], 50)
+    assert not plan.fits
+    assert plan.largest_part in ("activations", "base", "loss", "embeddings", "head")
+    assert [each.overrides[0] for each in plan.alternatives][0].startswith("data.max_length=")
+    assert all(each.peak_bytes <= each.budget_bytes for each in plan.alternatives)
+    shorter = plan_model(str(folders["llama"]), device=truth.CPU, overrides=(
+        *GIVEN, "memory.budget=50MB", *plan.alternatives[0].overrides))
+    assert shorter.fits

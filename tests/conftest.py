@@ -1,6 +1,8 @@
 """What tests share: the folder of real test material where it is there, and a cache of the embedded base."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -10,6 +12,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans and receipts of tests are none of the user's; the embedded base, which takes long to build, is shared."""
+    from qlora.home import cache_home
+
+    users, own = cache_home(), tmp_path_factory.mktemp("cache")
+    for folder in users.glob("builtin-tiny-*"):
+        (own / folder.name).symlink_to(folder)
+    before = os.environ.get("QLORA_CACHE")
+    os.environ["QLORA_CACHE"] = str(own)
+    yield
+    os.environ.pop("QLORA_CACHE") if before is None else os.environ.update(QLORA_CACHE=before)
+    for folder in own.glob("builtin-tiny-*"):
+        if folder.is_dir() and not folder.is_symlink() and not (users / folder.name).exists():
+            users.mkdir(parents=True, exist_ok=True)
+            shutil.move(folder, users / folder.name)
 
 
 @pytest.fixture(scope="session")

@@ -11,17 +11,16 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from qlora import _compat
+from qlora.catalog import find_id
 from qlora.catalog.lookup import find_config
-from qlora.model.meta import build_base_on_meta, give_nf4_weight, quantisation_tensors
+from qlora.model.meta import build_base_on_meta, give_nf4_weight
 from qlora.planning.allocator import EMPTY_CACHE, Replay, replay
 from qlora.planning.kernels import cublas_workspace_bytes, cuda_functions, cuda_temporaries
 from qlora.planning.loading import record_loading
@@ -29,16 +28,17 @@ from qlora.planning.trace import Event, Recorder
 from qlora.precision import Precision
 
 T4 = (7, 5)
-T4_BYTES = 14912 * 2**20  # its memory as CUDA reports it: the archive's manifest.json, total_mib
-WARM_UP, STEP = "warm-up", "train"
 MIB = 2**20
+T4_BYTES = 14912 * MIB  # its memory as CUDA reports it: the archive's manifest.json, total_mib
+WARM_UP, STEP = "warm-up", "train"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was run; rows that repeat a measurement are equal."""
+    """What was run; rows that repeat a measurement are equal. `shape` is the published `model_config`."""
 
     model: str
+    shape: tuple[tuple[str, Any], ...]
     attention: str
     four_bit: bool
     double_quant: bool
@@ -69,16 +69,18 @@ class Score:
         return self.reserved / self.measured_reserved - 1
 
 
-def read_rows(shared: Path) -> list[dict[str, Any]]:
-    """All rows as published."""
-    return json.loads((shared / "facts" / "t4-measurements.json").read_text())["rows"]
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file as published: the shared one, or one of the package's data/measurements."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return document["rows"] if "rows" in document else document["runs"]
 
 
 def as_row(published: dict[str, Any]) -> Row:
     """The settings of a published row."""
     run = published["run"]
     assert (run["optimizer"], run["precision"], run["grad_checkpoint"]) == ("adamw", "fp16", True)
-    return Row(published["model_id"], run["attn_impl"], run["quantization"] == "nf4", run["double_quant"],
+    shape = tuple(sorted(published.get("model_config", {}).items()))
+    return Row(published["model_id"], shape, run["attn_impl"], run["quantization"] == "nf4", run["double_quant"],
                run["batch_size"], run["seq_len"], run["lora_rank"], tuple(run["lora_targets"]))
 
 
@@ -98,7 +100,9 @@ def simulate(row: Row) -> Replay:
 def trace(row: Row) -> list[Event]:
     """Everything that the row's program allocates, in its order."""
     recorder = Recorder("meta", cuda_temporaries(T4))
-    with _cuda(row):
+    functions = cuda_functions(T4)
+    functions["scaled_dot_product_attention"] = _expand_groups(functions["scaled_dot_product_attention"])
+    with _compat.pretend_device(functions, triton=True):
         base = _load(row, recorder)
         with recorder:
             model = _adapt(row, base, recorder)
@@ -110,8 +114,24 @@ def trace(row: Row) -> list[Event]:
     return recorder.trace()
 
 
+def _config(row: Row) -> Any:
+    """From the catalog, where instruct and coder models share the config of their base; else a Llama of the row's shape."""
+    base = row.model.replace("-Instruct", "").replace("-Coder", "")
+    if find_id(base) is not None:
+        return find_config(base)
+    from transformers import LlamaConfig
+
+    shape = dict(row.shape)
+    return LlamaConfig(
+        vocab_size=shape["vocab_size"], hidden_size=shape["hidden_size"], intermediate_size=shape["intermediate_size"],
+        num_hidden_layers=shape["num_layers"], num_attention_heads=shape["num_attention_heads"],
+        num_key_value_heads=shape["num_kv_heads"], head_dim=shape["head_dim"], max_position_embeddings=16384,
+        tie_word_embeddings=shape["tie_word_embeddings"],
+    )
+
+
 def _load(row: Row, recorder: Recorder) -> Any:
-    config = find_config(row.model.removesuffix("-Instruct"))
+    config = _config(row)
     precision = Precision("fp16", "fp32", False, "")
     if row.four_bit:
         import bitsandbytes as bnb
@@ -160,22 +180,9 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, batch: torch.Tensor, rec
     optimizer.step()
 
 
-@contextmanager
-def _cuda(row: Row) -> Any:
-    """Functions as CUDA has them; `sdpa` rows expand grouped keys first, as the measuring script did."""
-    functions = cuda_functions(T4)
-    functions["scaled_dot_product_attention"] = _expand_groups(functions["scaled_dot_product_attention"])
-    before = {name: getattr(F, name) for name in functions}
-    try:
-        for name, function in functions.items():
-            setattr(F, name, function)
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(F, name, function)
-
-
 def _expand_groups(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The measuring script expands grouped keys before the memory-efficient kernel, which would refuse them."""
+
     def expanded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         groups = query.shape[-3] // key.shape[-3]
         if groups > 1:

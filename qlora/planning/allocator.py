@@ -4,7 +4,9 @@ Source: c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h of torc
 max_split_size, no rounding to powers of two, no garbage collection) and one stream. The rules:
 
 - A request is rounded up to 512 bytes. Up to 1 MiB it is served from the pool of small blocks, else from that of large ones.
-- The smallest free block that is large enough is taken; of equal ones the one at the lowest address.
+- The smallest free block that is large enough is taken; of equal ones the one at the lowest address. Each new segment lies
+  below the last one: the driver takes address space as Linux hands it out, from the top down. That is not documented; the
+  measured T4 rows (tests/test_t4.py) come out as they were only this way.
 - Without one, a segment is asked of the driver: 2 MiB for a small request, 20 MiB for one under 10 MiB, else the request
   rounded up to 2 MiB. "Reserved" is the sum of the segments, "allocated" that of the blocks handed out.
 - What is left of a block is split off where it is worth it: 512 bytes in the small pool, more than 1 MiB in the large one.
@@ -20,8 +22,10 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from qlora.planning.trace import Event
+if TYPE_CHECKING:
+    from qlora.planning.trace import Event
 
 EMPTY_CACHE = "torch.cuda.empty_cache"  # an event of this name gives back what is free
 ROUND_BYTES = 512

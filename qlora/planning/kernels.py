@@ -217,7 +217,8 @@ def _efficient_backward(
 
     Source: transformers/cuda/attention_backward.cu, _efficient_attention_backward, and mem_eff_attention/
     kernel_backward.h, workspace_size, with tiles of 64 x 64 up to 64 columns and of 128 x 64 beyond. Which tiles a card
-    takes hangs on its shared memory; the parts of dK and dV, which only the smaller tiles need, are always counted.
+    takes hangs on its shared memory; the parts of dK and dV, which only small tiles need, are always counted. fp32 heads
+    have dO * O in full for delta instead.
     """
     batch, heads, tokens, head_dim = query.shape
     rows = 64 if head_dim <= 64 else 128
@@ -225,7 +226,7 @@ def _efficient_backward(
     workspace = 4 * tiles * (rows * 64 + 4)
     sizes = [] if grad_out.transpose(1, 2).is_contiguous() else [grad_out.numel() * grad_out.element_size()]
     if query.dtype not in _HALVES:
-        sizes.append(4 * out_numel if (out_numel := grad_out.numel()) else 0)
+        sizes.append(4 * grad_out.numel())
     elif head_dim > 64:
         splits = max(1, min(math.ceil(key.shape[2] / 64), 200 // (batch * heads)))
         workspace += 4 * splits * 64 * (_round_up(head_dim, 64) + _round_up(value.shape[-1], 64))

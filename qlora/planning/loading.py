@@ -43,12 +43,11 @@ def record_loading(
         device_bytes: the card's memory; the first block leaves 1.2 GiB of it alone. None: as large as it likes.
     """
     import bitsandbytes as bnb
-
     from transformers.pytorch_utils import Conv1D
 
     with recorder.during("load", "base"):
         if warm_up:
-            _hold_and_drop(recorder, [_warm_up_bytes(model, device_bytes)], "warm-up")
+            recorder.drop(recorder.hold(_warm_up_bytes(model, device_bytes), "warm-up", "workspace"))
         stacked = _stacked_parameters(model)
         for name, tensor in in_loading_order(model):
             module = model.get_submodule(name.rpartition(".")[0])
@@ -63,10 +62,12 @@ def record_loading(
 
 
 def loading_host_bytes(model: PreTrainedModel) -> int:
-    """RAM that loading needs beside the process itself, where the device is a GPU: the tensor with most numbers in 16 bits,
+    """RAM that loading needs beside the process itself, where the device is a GPU: the checkpoint's largest tensor in 16 bits,
     once as it was read and once in another 16-bit type. The mapped file is the system's cache and can be taken from it.
     """
-    return 2 * 2 * max((_num_weights(parameter) for parameter in model.parameters()), default=0)
+    stacked = _stacked_parameters(model)
+    pieces = {name: num_sources * model.get_parameter(name).shape[0] for name, num_sources in stacked.items()}
+    return max((2 * 2 * _num_weights(parameter) // pieces.get(name, 1) for name, parameter in model.named_parameters()), default=0)
 
 
 def in_loading_order(model: PreTrainedModel) -> list[tuple[str, torch.nn.Parameter]]:
@@ -109,15 +110,16 @@ def _quantise(recorder: Recorder, module: bnb.nn.Linear4bit, *, transposed: bool
 
 def _stack(recorder: Recorder, tensor: torch.Tensor, num_sources: int) -> None:
     """Experts that came one by one: all of them, then each source stacked, then the sources side by side."""
-    size, num_experts = tensor.numel() * tensor.element_size(), tensor.shape[0]
-    part = size // num_sources
-    single = [recorder.hold(part // num_experts, "expert", "workspace") for _ in range(num_sources * num_experts)]
-    stacks = [recorder.hold(part, "stacked experts", "workspace") for _ in range(num_sources if num_sources > 1 else 0)]
+    size, num_experts = tensor.numel() * tensor.element_size() // num_sources, tensor.shape[0]
+    single = [recorder.hold(size // num_experts, "expert", "workspace") for _ in range(num_sources * num_experts)]
     if num_sources == 1:
         recorder.track(tensor, "base")
+        stacks = []
+    else:
+        stacks = [recorder.hold(size, "stacked experts", "workspace") for _ in range(num_sources)]
     for number in single:
         recorder.drop(number)
-    recorder.track(tensor, "base")
+    recorder.track(tensor, "base")  # nothing new where there was one source
     for number in stacks:
         recorder.drop(number)
 
@@ -139,11 +141,6 @@ def _stacked_parameters(model: PreTrainedModel) -> dict[str, int]:
 def _num_weights(parameter: torch.Tensor) -> int:
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
-
-
-def _hold_and_drop(recorder: Recorder, sizes: list[int], op: str) -> None:
-    for number in [recorder.hold(size, op, "workspace") for size in sizes]:
-        recorder.drop(number)
 
 
 def _natural_key(name: str) -> list[tuple[Any, ...]]:

@@ -169,7 +169,7 @@ class Receipts:
         """
         prior, spare, why = _PRIORS[device.kind]
         if device.kind == "cpu":  # receipts have the RAM of the whole program there, which teaches `context_bytes`
-            return Margin(prior, spare, f"{prior:.1%}: {why}")
+            return Margin(prior, spare, f"{_percent(prior)}: {why}")
         own = [r for r in self._of(device) if allocator in (None, r.allocator) and r.planned and r.measured]
         now = _simulated(library_versions())
         current = [r.excess for r in own if _simulated(r.versions) == now]
@@ -178,7 +178,7 @@ class Receipts:
             prior, why = _bound(older), f"{_runs(older)} of other library versions on {device.name} needed it"
         weight = min(1.0, len(current) / _ENOUGH)
         share = (1 - weight) * prior + weight * (_bound(current) if current else 0)
-        reason = f"{share:.1%}{f' and {format_bytes(spare)}' if spare else ''}: "
+        reason = f"{_percent(share)}{f' and {format_bytes(spare)}' if spare else ''}: "
         if current:
             worst = max(current)
             side = "over" if worst > 0 else "under"
@@ -216,6 +216,10 @@ def default_path() -> Path:
 
 
 # --- details ----------------------------------------------------------------------------------------------------------
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _plain_name(device: str) -> str:

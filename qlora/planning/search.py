@@ -42,6 +42,11 @@ class Options:
     max_length: int
     last_ranks: tuple[int, ...] = ()
 
+    @property
+    def least(self) -> Candidate:
+        """The one that needs least, but for the last ranks."""
+        return Candidate(self.ranks[0], self.micro_batches[0], self.checkpointing[0], self.optimizers[0], self.max_length)
+
 
 @dataclass(frozen=True)
 class Found:
@@ -72,10 +77,7 @@ def search(options: Options, fits: Callable[[Candidate], bool]) -> Found:
             tried[candidate] = fits(candidate)
         return tried[candidate]
 
-    candidate = Candidate(
-        options.ranks[0], options.micro_batches[0], options.checkpointing[0], options.optimizers[0], options.max_length
-    )
-    reasons = {}
+    candidate, reasons = options.least, {}
     if not ok(candidate):
         ranks = [r for r in options.last_ranks if ok(replace(candidate, r=r))]
         if not ranks:

@@ -7,6 +7,7 @@ return and not at the code.
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,7 +112,8 @@ class Recorder(TorchDispatchMode):
 
     def trace(self) -> list[Event]:
         """The events so far, each storage under the part that it turned out to be for."""
-        return [event._replace(part=self._parts.get(event.storage, event.part)) for event in self.events]
+        parts = self._parts
+        return [event._replace(part=parts[event.storage]) if event.storage in parts else event for event in self.events]
 
     def __enter__(self) -> Recorder:
         gc.disable()  # cycles that are collected at random times would move releases; a step leaves no tensor in one
@@ -133,7 +135,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == self._device_type:
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self._alive:
-                    self._allocated(storage, str(func), self._part)
+                    self._allocated(storage, _name(func), self._part)
         hidden = self._temporaries.get(func)
         if hidden is not None:
             for storage in [self.hold(size, f"{func} (inside)", "workspace") for size in hidden(*args, **kwargs) if size]:
@@ -160,6 +162,11 @@ class Recorder(TorchDispatchMode):
         self._next += 1
         self.events.append(Event(self._next, size_bytes, op, self._phase, part))
         return self._next
+
+
+@functools.cache
+def _name(func: Any) -> str:
+    return str(func)
 
 
 def _worst_case(index: torch.Tensor | None) -> list[torch.Tensor | None]:

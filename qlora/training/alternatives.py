@@ -23,8 +23,7 @@ _MAX_SMALLER_MODELS = 4
 
 def find_alternatives(job: Job, simulator: Simulator, options: Options, room: Room) -> tuple[Alternative, ...]:
     """Shorter rows, adapters on attention alone, a smaller model of the family, a bigger card: those of them that fit."""
-    least = Candidate(options.ranks[0], options.micro_batches[0],
-                      options.checkpointing[0], options.optimizers[0], options.max_length)
+    least = options.least
     found = (_shorter(job, simulator, least, room), _attention_only(job, simulator, least, room),
              _smaller_model(job, simulator, least, room), _bigger_card(job, simulator, least, room))
     return tuple(each for each in found if each is not None)

@@ -41,6 +41,7 @@ class Rows:
         max_length: tokens of the longest row, or of a full pack.
         ragged: rows differ in length.
         host_bytes: RAM that the tokens take.
+        shrinkable: the length is only a guess, and is shortened where it would not fit.
     """
 
     num_train: int | None
@@ -51,6 +52,7 @@ class Rows:
     format: str
     format_reason: str
     host_bytes: int = 0
+    shrinkable: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ def make_plan(job: Job, progress: Progress | None = None, *, look_around: bool =
     facts = _facts(job, room.budget)
     options, batch = find_options(job.recipe, facts)
     simulator = Simulator(workload(job, facts.attentions[0], batch.value))
+    if job.rows.shrinkable and (length := _shorter_length(simulator, options, room)):
+        facts = replace(facts, max_length=length, max_length_reason="no data yet; the longest rows that fit, up to 2,048 tokens")
+        options, batch = find_options(job.recipe, facts)
     with (progress or Progress()).stage(f"Planning {job.recipe.model.base}"):
         found, generation_tokens, whole = _fit(simulator, options, room, sketch)
     decisions, num_steps = choose(job.recipe, facts, found, batch)
@@ -196,6 +201,14 @@ def _fit(simulator: Simulator, options: Options, room: Room, sketch: bool) -> tu
         refused.add(found.candidate)
 
 
+def _shorter_length(simulator: Simulator, options: Options, room: Room) -> int | None:
+    """The longest rows that fit with the least settings, where those of the options do not; None where there is nothing to do."""
+    least = options.least
+    if room.holds(simulator.tensors(least)) or least.max_length <= _SHORTEST_LENGTH:
+        return None
+    return room.longest(simulator, least, _SHORTEST_LENGTH, least.max_length)
+
+
 def _longest(simulator: Simulator, found: Found, room: Room, max_positions: int | None) -> int | None:
     """Tokens of the longest rows that fit with the other settings as they are; None where not even short ones do."""
     most = min(max_positions or _LONGEST_LENGTH, _LONGEST_LENGTH)
@@ -227,4 +240,4 @@ def _disk_bytes(parts: Mapping[str, int]) -> int:
 
 
 def _notes(job: Job, room: Room) -> tuple[str, ...]:
-    return tuple(dict.fromkeys([*job.selection.notes, *(text for text in (room.margin.reason,) if text)]))
+    return (*job.selection.notes, f"The margin is {room.margin.reason}.")

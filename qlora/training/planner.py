@@ -50,8 +50,8 @@ def plan_recipe(recipe: Recipe, *, device: Device | None = None, progress: Progr
 def plan_model(
     model: str, *, device: Device, overrides: Sequence[str] = (), progress: Progress | None = None, sketch: bool = False
 ) -> Plan:
-    """The plan of a model without data: rows of 2,048 tokens, or as long as the model takes, unless data.max_length says
-    otherwise.
+    """The plan of a model without data: rows of 2,048 tokens, or of as many as the model takes and the budget holds, unless
+    data.max_length says otherwise.
 
     Args:
         overrides: `section.setting=value`.
@@ -114,7 +114,7 @@ def _plan_without_data(recipe: Recipe, device: Device, progress: Progress | None
         reason = "no data yet; data.max_length=N plans for other rows"
     rows = Rows(
         num_train=None, num_validation=None, max_length=length, max_length_reason=reason, ragged=True, format="messages",
-        format_reason="no data yet",
+        format_reason="no data yet", shrinkable=wanted == "auto",
     )
     job = Job(recipe, device, choose_precision(recipe.model.dtype, device), config, architecture,
               select_targets(architecture, recipe.lora.targets), rows)

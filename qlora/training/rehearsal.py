@@ -74,7 +74,8 @@ def rehearse(
     phases: Sequence[str] = ("load", "train", "eval", "generate", "save", "merge"),
     brief: bool = False,
 ) -> list[Event]:
-    """Record the phases of a run, in this order.
+    """Record the phases of a run, in this order. What comes after a colon in an event's phase is a moment of it; at different
+    depths of a model different moments can be the highest.
 
     Args:
         device: whose kernels are assumed; it need not be here.
@@ -99,7 +100,7 @@ def rehearse(
             with recorder:
                 _hold_workspaces(recorder, device)
                 if brief:
-                    stage.skip_ahead()
+                    stage.skip_ahead(with_gradients="train" in phases and batches.accumulation > 1)
                 for phase in (phase for phase in phases if phase != "load"):
                     with recorder.during(phase, "activations"):
                         getattr(stage, phase)()
@@ -125,13 +126,13 @@ class _Stage:
         _track_weights(recorder, model)
         _mark_loss(recorder, model)
 
-    def skip_ahead(self) -> None:
+    def skip_ahead(self, with_gradients: bool) -> None:
         """To the last micro-batch of a later step: what the earlier ones leave behind, without running them."""
         self._make_gradients()
         self.optimizer.step()
         self._track_optimizer()
         self.model.zero_grad()
-        if self.batches.accumulation > 1:
+        if with_gradients:
             self._make_gradients()
         self.steps = (1,)
 
@@ -143,14 +144,14 @@ class _Stage:
         for num_micro_batches in self.steps:
             # The trainer fetches all micro-batches of a step before the first one.
             for inputs in [self._inputs() for _ in range(num_micro_batches)]:
-                self.recorder.switch(part="activations")
+                self.recorder.switch("train:forward", "activations")
                 with self.trainer.compute_loss_context_manager():
                     loss = self.trainer.compute_loss(self.model, inputs, num_items_in_batch=_number())
                 loss.backward()
                 del loss, inputs
                 for parameter in self.trainable:
                     self.recorder.track(parameter.grad, "gradients")
-            self.recorder.switch(part="workspace")
+            self.recorder.switch("train:optimizer", "workspace")
             torch.nn.utils.clip_grad_norm_(self.trainable, self.trainer.args.max_grad_norm, foreach=False)
             self.optimizer.step()
             self._track_optimizer()
@@ -174,6 +175,7 @@ class _Stage:
             cache = out.past_key_values
             out.logits[:, -1].to(torch.float32, copy=True)
             del out
+            self.recorder.switch("generate:last token")
             _lengthen(cache, _GENERATED_TOKENS)
             step = _prompt(rows, 1, seen=prompt_tokens + _GENERATED_TOKENS)
             self.model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -310,10 +312,10 @@ def _mark_loss(recorder: Recorder, model: PeftModel) -> None:
     """What is allocated between the end of the backbone and its first gradient is the loss's."""
 
     def begins(module: Any, args: Any, output: Any) -> None:
-        recorder.switch(part="loss")
         hidden = output[0]
+        recorder.switch("train:loss" if hidden.requires_grad else None, "loss")
         if hidden.requires_grad:
-            hidden.register_hook(lambda gradient: recorder.switch(part="activations"))
+            hidden.register_hook(lambda gradient: recorder.switch("train:backward", "activations"))
 
     model.get_base_model().base_model.register_forward_hook(begins)
 

@@ -79,8 +79,12 @@ class Simulator:
         self._known: dict[Any, Any] = {}
 
     def tensors(self, candidate: Candidate) -> int:
-        """Highest tensor memory of training and evaluation."""
-        return max(self._quick(candidate, ("train", "eval"), 0).values())
+        """Highest tensor memory of loading, training and evaluation."""
+        return max(self.loading(), *self._quick(candidate, ("train", "eval"), 0).values())
+
+    def loading(self) -> int:
+        """Highest tensor memory while the base is loaded, the same for all candidates."""
+        return self._quick(_ANY, ("load",), 0)["load"]
 
     def generation(self, candidate: Candidate, num_tokens: int) -> int:
         """Highest tensor memory while answers are written, in batches of up to so many tokens."""
@@ -94,7 +98,7 @@ class Simulator:
         """
         def work_out() -> dict[str, Any]:
             events = self._rehearse(candidate, generation_tokens)
-            phases = live_peaks(events)
+            phases = _by_phase(live_peaks(events))
             resident = phases["save"]
             # Merging is a command of its own: it takes one projection after the other, and no base beside it.
             phases["merge"] = phases["merge"] - resident
@@ -106,7 +110,8 @@ class Simulator:
 
     def sketch(self, candidate: Candidate, generation_tokens: int) -> Simulated:
         """The same from the two shallow models: right to a percent, in a fraction of the time."""
-        phases = {**self._quick(candidate, ("train", "eval"), 0), **self._quick(candidate, ("generate",), generation_tokens)}
+        phases = {"load": self.loading(), **self._quick(candidate, ("train", "eval"), 0),
+                  **self._quick(candidate, ("generate",), generation_tokens)}
 
         def work_out() -> dict[str, int]:
             def parts(num_layers: int | None) -> dict[str, int]:
@@ -131,11 +136,13 @@ class Simulator:
         return free, slack
 
     def _quick(self, candidate: Candidate, phases: tuple[str, ...], generation_tokens: int) -> dict[str, int]:
-        def peaks(num_layers: int | None) -> dict[str, int]:
+        def moments(num_layers: int | None) -> dict[str, int]:
             found = live_peaks(self._rehearse(candidate, generation_tokens, phases=phases, num_layers=num_layers, brief=True))
-            return {phase: found[phase] for phase in phases}
+            return {moment: peak for moment, peak in found.items() if moment.partition(":")[0] in phases}
 
-        return self._remember("-".join(phases), candidate, generation_tokens, lambda: self._extended(peaks))
+        return self._remember(
+            "-".join(phases), candidate, generation_tokens, lambda: _by_phase(self._extended(moments))
+        )
 
     def _extended(self, at_depth: Callable[[int | None], dict[str, int]]) -> dict[str, int]:
         """Values at full depth, from two shallow models where the layers allow it."""
@@ -188,6 +195,17 @@ class Simulator:
         }
 
 
+def _by_phase(moments: dict[str, int]) -> dict[str, int]:
+    """The highest of the moments of each phase."""
+    phases: dict[str, int] = {}
+    for moment, peak in moments.items():
+        phase = moment.partition(":")[0]
+        phases[phase] = max(phases.get(phase, 0), peak)
+    return phases
+
+
+# For what no candidate changes.
+_ANY = Candidate(r=16, micro_batch=1, checkpointing=True, optimizer="adamw_8bit", max_length=8)
 # Settings that the trainer wants and memory does not depend on.
 _WITHOUT_EFFECT = {
     "train.keep": "last", "train.epochs": 1, "train.learning_rate": 1e-4, "train.schedule": "constant", "train.warmup": 0,

@@ -80,7 +80,9 @@ def hide_loading_bars() -> None:
 
 
 @contextmanager
-def pretend_device(functions: Mapping[str, Callable[..., Any]], *, triton: bool) -> Iterator[None]:
+def pretend_device(
+    functions: Mapping[str, Callable[..., Any]], *, triton: bool, autocast: torch.dtype | None = None
+) -> Iterator[None]:
     """Make library code that runs on meta tensors choose what it would choose on the device that is simulated.
 
     Undone on leaving; nothing is computed inside, so nothing can come out wrong. Three choices look at the device and not
@@ -88,7 +90,8 @@ def pretend_device(functions: Mapping[str, Callable[..., Any]], *, triton: bool)
 
     - `functions` stand in for those of torch.nn.functional that pick a kernel: scaled_dot_product_attention on meta takes
       the composed form, which stores all scores. Goes when torch can be asked which kernel a device would take.
-    - torch.is_autocast_enabled: raises for meta (torch 2.13, "unknown device type for autocast"); TRL asks it.
+    - torch.is_autocast_enabled and get_autocast_dtype: raise for meta (torch 2.13, "unknown device type for autocast"); TRL
+      and PEFT ask them. `autocast` is the answer; None is no.
     - TRL's fused output head (trl.kernels.chunked_logprob, 1.15 and later) runs Triton kernels on CUDA and torch
       operators elsewhere, which take several tiles more. The kernels take nothing and write in place.
     """
@@ -98,13 +101,14 @@ def pretend_device(functions: Mapping[str, Callable[..., Any]], *, triton: bool)
     import torch
     import torch.nn.functional as F
 
-    asked = torch.is_autocast_enabled
-
     def autocast_enabled(device_type: str | None = None) -> bool:
-        return False if device_type == "meta" else asked() if device_type is None else asked(device_type)
+        return autocast is not None
+
+    def autocast_dtype(device_type: str) -> torch.dtype:
+        return autocast or torch.float16  # asked of even where it is off
 
     replaced: list[tuple[Any, str, Any]] = [(F, name, value) for name, value in functions.items()]
-    replaced.append((torch, "is_autocast_enabled", autocast_enabled))
+    replaced += [(torch, "is_autocast_enabled", autocast_enabled), (torch, "get_autocast_dtype", autocast_dtype)]
     if triton:
         def nothing(*args: Any, **kwargs: Any) -> None:
             pass

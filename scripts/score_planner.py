@@ -3,13 +3,13 @@
 
     .venv/bin/python scripts/score_planner.py --peer /path/to/python
 
-`--peer` is a Python that has fitcheck-llm (`pip install fitcheck-llm==0.3.1` in an environment of its own); without it that
-column is left out. Rows come from ../shared/facts/t4-measurements.json, or from the files named with `--rows`, in the format of
-fitcheck-llm's data/measurements/*.json (they are in its source distribution on PyPI). Rows without a model_config cannot be
-scored by the other planner.
+`--peer` is a Python that has fitcheck-llm (`pip install fitcheck-llm==0.3.1` in an environment of its own); without it
+that column is left out. Rows come from ../shared/facts/t4-measurements.json, or from the files named with `--rows`, in the
+format of fitcheck-llm's data/measurements/*.json (they are in its source distribution on PyPI). The other planner cannot
+score rows without a model_config.
 
-"Tensors" is torch.cuda.max_memory_allocated; "process" is max_memory_reserved and the CUDA context. The context is taken as it
-was measured, 140.875 MiB, here as in fitcheck-llm.
+"Tensors" is torch.cuda.max_memory_allocated; "process" is max_memory_reserved and the CUDA context. The context is taken as
+it was measured, 140.875 MiB, here as in fitcheck-llm.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def compare(published: dict[str, Any], peer: tuple[float, float] | None) -> dict
     from t4 import score
 
     result, measured, run = score(published), published["measured"], published["run"]
-    name = f"{published['model_id'].split('/')[-1]} {run['attn_impl']} {run['quantization']} {run['batch_size']}x{run['seq_len']}"
+    model, size = published["model_id"].split("/")[-1], f"{run['batch_size']}x{run['seq_len']}"
     return {
-        "name": name,
+        "name": f"{model} {run['attn_impl']} {run['quantization']} {size}",
         "tensors": (measured["peak_allocated_mib"], result.allocated / MIB, peer and peer[0]),
         "process": (measured["peak_reserved_mib"] + CONTEXT_MIB, result.reserved / MIB + CONTEXT_MIB, peer and peer[1]),
     }
@@ -109,13 +109,15 @@ def row_table(scored: list[dict[str, Any]]) -> str:
 
 def summary_table(scored: list[dict[str, Any]]) -> str:
     """Errors over all rows, in percent of what was measured."""
-    lines = ["| | planner | rows | mean | median | most over | most under |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines = ["| | planner | rows | mean | median | most over | most under |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     for tier in ("tensors", "process"):
         for who, place in (("this planner", 1), ("fitcheck-llm", 2)):
             errors = [100 * (row[tier][place] / row[tier][0] - 1) for row in scored if row[tier][place] is not None]
             if errors:
                 sizes = [abs(error) for error in errors]
-                lines.append(f"| {tier} | {who} | {len(errors)} | {statistics.mean(sizes):.2f} % | {statistics.median(sizes):.2f} % "
+                found = (statistics.mean(sizes), statistics.median(sizes))
+                lines.append(f"| {tier} | {who} | {len(errors)} | {found[0]:.2f} % | {found[1]:.2f} % "
                              f"| {max(*errors, 0.0):+.2f} % | {min(*errors, 0.0):+.2f} % |")
     return "\n".join(lines)
 

@@ -161,7 +161,8 @@ def _adapt(row: Row, model: Any, recorder: Recorder) -> Any:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
         recorder.drop(recorder.hold(0, EMPTY_CACHE, "workspace"))  # it does so where there is a GPU
     model = get_peft_model(model, LoraConfig(
-        r=row.r, lora_alpha=2 * row.r, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM", target_modules=list(row.targets),
+        r=row.r, lora_alpha=2 * row.r, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        target_modules=list(row.targets),
     ))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()

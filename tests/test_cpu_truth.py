@@ -54,7 +54,8 @@ def rehearsed(cell, phases):
     total, peaks = 0, {}
     for event in events:
         total += event.size_bytes
-        peaks[event.phase] = max(peaks.get(event.phase, 0), total)
+        name = event.phase.partition(":")[0]
+        peaks[name] = max(peaks.get(name, 0), total)
     return peaks
 
 

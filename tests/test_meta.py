@@ -14,7 +14,8 @@ from qlora.model.meta import build_base_on_meta, keep_layers, quantisation_tenso
 
 ROUND = {"num_hidden_layers": 2, "vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2}
 # Weights of 68 x 72, 68 x 90 and the like: no multiple of 64 numbers, nor their blocks of 256.
-ODD = {**ROUND, "hidden_size": 68, "intermediate_size": 90, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 18}
+ODD = {**ROUND, "hidden_size": 68, "intermediate_size": 90, "num_attention_heads": 4, "num_key_value_heads": 2,
+       "head_dim": 18}
 SHAPES = {
     "llama": ("llama", {**ROUND, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4,
                         "num_key_value_heads": 2}),
@@ -64,7 +65,7 @@ def outline(model):
     """Everything but the values: modules by name, and types, shapes and flags of all tensors."""
     modules = [(name, type(module)) for name, module in model.named_modules()]
     tensors = [(name, type(t), t.dtype, t.shape, t.requires_grad)
-               for name, t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))]
+               for named in (model.named_parameters, model.named_buffers) for name, t in named(remove_duplicate=False)]
     states = [(tensor.dtype, tensor.shape) for module in quantised(model) for tensor in quantisation_tensors(module)]
     flags = [(m.compute_dtype, m.quant_state.dtype, m.quant_state.shape, m.quant_state.blocksize, m.quant_state.nested,
               m.support_avx512bf16_for_cpu) for m in quantised(model)]

@@ -93,7 +93,8 @@ def small_config(cell: Cell) -> Any:
     """The config of a cell's model."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(cell.model, **{**_SIZES[cell.model], "bos_token_id": 1, "eos_token_id": 2, **dict(cell.sizes)})
+    sizes = {**_SIZES[cell.model], "bos_token_id": 1, "eos_token_id": 2, **dict(cell.sizes)}
+    return AutoConfig.for_model(cell.model, **sizes)
 
 
 def stand_in_tokenizer() -> Any:

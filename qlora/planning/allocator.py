@@ -95,7 +95,7 @@ def replay(events: Iterable[Event], *, limit_bytes: int | None = None, expandabl
 
 
 def live_peaks(events: Iterable[Event]) -> dict[str, int]:
-    """The highest sum of live storages in each phase, each rounded up to 512 bytes: the least that any allocator hands out."""
+    """The highest sum of live storages in each phase, each rounded up to 512 bytes: the least that is ever handed out."""
     live, peaks = 0, {}
     for event in events:
         live += _rounded_change(event)

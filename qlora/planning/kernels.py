@@ -201,7 +201,9 @@ def _flash_backward(
     return sizes
 
 
-def _efficient_forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object, **named: object) -> list[int]:
+def _efficient_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object, **named: object
+) -> list[int]:
     """An fp32 sum of the output where a head is too wide for registers.
 
     Source: transformers/cuda/mem_eff_attention/kernel_forward.h, kNeedsOutputAccumulatorBuffer; up to 128 columns fit.

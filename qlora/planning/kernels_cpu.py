@@ -1,9 +1,9 @@
 """What CPU kernels take for themselves while they run, and which attention kernel a CPU takes.
 
 On meta an operator has outputs and no inside, so the inside is listed here. Sizes were read from torch 2.13 and bitsandbytes
-0.50 and agree with torch's profiler to the byte, except for oneDNN's matmul (see `_matmul_blocks`); `tests/test_cpu_truth.py`
-holds each entry, and whole training steps, against the profiler. fp32 matmuls run in MKL, which takes its buffers by malloc:
-they are in no figure of torch's.
+0.50 and agree with torch's profiler to the byte, except for oneDNN's matmul (see `_matmul_blocks`);
+`tests/test_cpu_truth.py` holds each entry, and whole training steps, against the profiler. fp32 matmuls run in MKL, which
+takes its buffers by malloc: they are in no figure of torch's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def cpu_temporaries() -> Temporaries:
     bnb = torch.ops.bitsandbytes
     return {
         bnb.gemm_4bit.default: _gemm_4bit,
-        bnb.quantize_4bit.default: _quantise,
+        bnb.quantize_4bit.default: lambda weight, *_, **__: quantising_bytes(weight.numel(), weight.dtype),
         bnb.optimizer_update_8bit_blockwise.default: _adam_8bit,
         bnb.optimizer_update_32bit.default: _adam_32bit,
         aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_attention,
@@ -42,8 +42,8 @@ def cpu_temporaries() -> Temporaries:
 def cpu_attention_kernel() -> Callable[..., torch.Tensor]:
     """Stands in for `torch.nn.functional.scaled_dot_product_attention` on meta: calls the operator that a CPU would pick.
 
-    Source: torch, aten/src/ATen/native/transformers/sdp_utils_cpp.cpp, use_flash_attention_cpp; the mask as in attention.cpp,
-    convert_boolean_attn_mask.
+    Source: torch, aten/src/ATen/native/transformers/sdp_utils_cpp.cpp, use_flash_attention_cpp; the mask as in
+    attention.cpp, convert_boolean_attn_mask.
     """
     composed = torch.nn.functional.scaled_dot_product_attention
 
@@ -51,8 +51,8 @@ def cpu_attention_kernel() -> Callable[..., torch.Tensor]:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
         dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> torch.Tensor:
-        tensors = query, key, value
-        if not all(tensor.is_meta for tensor in tensors) or dropout_p > 0 or not _flash_applies(*tensors, attn_mask, enable_gqa):
+        on_meta = query.is_meta and key.is_meta and value.is_meta
+        if not on_meta or dropout_p > 0 or not _flash_applies(query, key, value, attn_mask, enable_gqa):
             return composed(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             low, zero = (torch.empty((), dtype=query.dtype, device="meta") for _ in range(2))
@@ -62,6 +62,15 @@ def cpu_attention_kernel() -> Callable[..., torch.Tensor]:
         )[0]
 
     return attention
+
+
+def quantising_bytes(num_weights: int, dtype: torch.dtype) -> Sequence[int]:
+    """What making an NF4 weight takes beside it: the weight in fp32, scaled, as indices in int32, and those in 8 bits.
+
+    Source: bitsandbytes, backends/default/ops.py, quantize_4bit; there is no kernel for CPUs.
+    """
+    in_fp32 = 0 if dtype == torch.float32 else 4 * num_weights
+    return [in_fp32, 4 * num_weights, 4 * num_weights, num_weights, num_weights // 2]
 
 
 # --- attention ---------------------------------------------------------------------------------------------------------
@@ -136,12 +145,6 @@ def _gemm_4bit(
     num_rows = activations.numel() // num_in
     blocks = _matmul_blocks(num_rows, num_in, num_out) if _onednn_multiplies(activations) else 0
     return [num_out * num_in * activations.element_size(), scales, blocks]
-
-
-def _quantise(weight: torch.Tensor, *_: Any, **__: Any) -> Sequence[int]:
-    """bitsandbytes, backends/default/ops.py: the weight in fp32, scaled, as an index in int32, and all that in 8 bits."""
-    in_fp32 = 0 if weight.dtype == torch.float32 else 4 * weight.numel()
-    return [in_fp32, 4 * weight.numel(), 4 * weight.numel(), weight.numel(), weight.numel() // 2]
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor, **_: Any) -> Sequence[int]:

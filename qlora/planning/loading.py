@@ -10,7 +10,7 @@ Read in transformers 5.23 (5.17 does the same), where `from_pretrained` quantise
 3. integrations/bitsandbytes.py, Bnb4bitQuantize: it is quantised there, and the 16-bit tensor is released after that.
    GPT-2's weights are stored transposed: quantising them makes a second 16-bit copy.
 4. Experts that a checkpoint stores one by one are moved to the device together and stacked there (MergeModulelist,
-   Concatenate): for a moment there are two copies of a layer's experts.
+   Concatenate): for a moment there are two copies of a layer's gate and up projections.
 
 The 4-bit tensors: bitsandbytes 0.50, functional.quantize_4bit and quantize_blockwise, backends/cuda/ops.py.
 """
@@ -62,12 +62,12 @@ def record_loading(
 
 
 def loading_host_bytes(model: PreTrainedModel) -> int:
-    """RAM that loading needs beside the process itself, where the device is a GPU: the checkpoint's largest tensor in 16 bits,
-    once as it was read and once in another 16-bit type. The mapped file is the system's cache and can be taken from it.
+    """RAM that loading needs beside the process itself, where the device is a GPU: the checkpoint's largest tensor in 16
+    bits, once as it was read and once in another 16-bit type. The mapped file is the system's cache, which gives way.
     """
     stacked = _stacked_parameters(model)
     pieces = {name: num_sources * model.get_parameter(name).shape[0] for name, num_sources in stacked.items()}
-    return max((2 * 2 * _num_weights(parameter) // pieces.get(name, 1) for name, parameter in model.named_parameters()), default=0)
+    return max(2 * 2 * _num_weights(parameter) // pieces.get(name, 1) for name, parameter in model.named_parameters())
 
 
 def in_loading_order(model: PreTrainedModel) -> list[tuple[str, torch.nn.Parameter]]:
@@ -109,17 +109,19 @@ def _quantise(recorder: Recorder, module: bnb.nn.Linear4bit, *, transposed: bool
 
 
 def _stack(recorder: Recorder, tensor: torch.Tensor, num_sources: int) -> None:
-    """Experts that came one by one: all of them, then each source stacked, then the sources side by side."""
+    """Experts that came one by one: all of them, then one source after the other stacked, then the stacks side by side."""
     size, num_experts = tensor.numel() * tensor.element_size() // num_sources, tensor.shape[0]
-    single = [recorder.hold(size // num_experts, "expert", "workspace") for _ in range(num_sources * num_experts)]
-    if num_sources == 1:
-        recorder.track(tensor, "base")
-        stacks = []
-    else:
-        stacks = [recorder.hold(size, "stacked experts", "workspace") for _ in range(num_sources)]
-    for number in single:
-        recorder.drop(number)
-    recorder.track(tensor, "base")  # nothing new where there was one source
+    sources = [[recorder.hold(size // num_experts, "expert", "workspace") for _ in range(num_experts)]
+               for _ in range(num_sources)]
+    stacks = []
+    for source in sources:
+        if num_sources == 1:
+            recorder.track(tensor, "base")
+        else:
+            stacks.append(recorder.hold(size, "stacked experts", "workspace"))
+        for number in source:
+            recorder.drop(number)
+    recorder.track(tensor, "base")
     for number in stacks:
         recorder.drop(number)
 

@@ -182,7 +182,7 @@ class Receipts:
         if current:
             worst = max(current)
             side = "over" if worst > 0 else "under"
-            reason += f"the worst of {_runs(current)} on {device.name} was {abs(worst):.1%} {side} its plan"
+            reason += f"the worst of {_runs(current)} on {device.name} was {_percent(abs(worst))} {side} its plan"
         if weight < 1:
             reason += f"{'; ' if current else ''}{why}"
         return Margin(share, spare, reason)

@@ -38,7 +38,11 @@ def plan_recipe(recipe: Recipe, *, device: Device | None = None, progress: Progr
     def work_out() -> dict[str, Any]:
         from qlora.training.setup import prepare
 
-        setup = prepare(recipe, progress, device=device, look_around=True)
+        try:
+            setup = prepare(recipe, progress, device=device, look_around=True)
+        except ModelError as error:
+            hint = f"Without its tokenizer: `qlora plan --model {recipe.model.base}` plans for rows of {_USUAL_LENGTH:,} tokens."
+            raise ModelError(error.problem, f"{error.fix}\n{hint}" if "tokenizer" in error.problem else error.fix) from error
         setup.data.refuse_errors()
         return setup.plan.to_json()
 

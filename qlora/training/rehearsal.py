@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,7 @@ from qlora.generation import TOKENS_PER_BATCH, rows_at_once
 from qlora.hardware import Device
 from qlora.model.adapt import add_adapters
 from qlora.model.meta import build_base_on_meta, quantisation_tensors
+from qlora.planning.autocast import AutocastOnMeta
 from qlora.planning.kernels import cublas_workspace_bytes, cuda_functions, cuda_temporaries
 from qlora.planning.kernels_cpu import cpu_attention_kernel, cpu_temporaries
 from qlora.planning.loading import record_loading
@@ -89,7 +91,8 @@ def rehearse(
     on_gpu = device.kind == "cuda"
     functions = cuda_functions(device.capability) if on_gpu else {"scaled_dot_product_attention": cpu_attention_kernel()}
     try:
-        with _compat.pretend_device(functions, triton=on_gpu and not device.windows):
+        autocast = torch_dtype(precision.compute) if precision.autocast else None
+        with _compat.pretend_device(functions, triton=on_gpu and not device.windows, autocast=autocast):
             base = build_base_on_meta(
                 config, precision=precision, attention=settings["model.attention"], num_layers=num_layers
             )
@@ -116,7 +119,7 @@ class _Stage:
     def __init__(
         self, model: PeftModel, recorder: Recorder, precision: Precision, settings: Mapping[str, Any], batches: Batches
     ):
-        self.model, self.recorder, self.batches, self.settings = model, recorder, batches, settings
+        self.model, self.recorder, self.batches, self.precision = model, recorder, batches, precision
         self.steps = (1, min(2, batches.accumulation))  # micro-batches of each
         self.trainer = _trainer(model, precision, settings, batches)
         self.trainer.current_gradient_accumulation_steps = batches.accumulation  # what its training loop sets
@@ -125,6 +128,10 @@ class _Stage:
         self.optimizer = _optimizer(self.trainer, self.trainable)
         _track_weights(recorder, model)
         _mark_loss(recorder, model)
+
+    def autocast(self) -> AbstractContextManager:
+        """What the trainer's compute_loss_context_manager stands for, on meta."""
+        return AutocastOnMeta(torch_dtype(self.precision.compute)) if self.precision.autocast else nullcontext()
 
     def skip_ahead(self, with_gradients: bool) -> None:
         """To the last micro-batch of a later step: what the earlier ones leave behind, without running them."""
@@ -140,12 +147,15 @@ class _Stage:
         """Optimizer steps; from the second on there is optimizer state, and from its second micro-batch on gradients."""
         self.model.train()
         if self.trainer.args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(self.trainer.args.gradient_checkpointing_kwargs)
+            options = dict(self.trainer.args.gradient_checkpointing_kwargs)
+            if self.precision.autocast:  # what is computed anew in the backward pass is so in mixed precision too
+                options["context_fn"] = lambda: (nullcontext(), self.autocast())
+            self.model.gradient_checkpointing_enable(options)
         for num_micro_batches in self.steps:
             # The trainer fetches all micro-batches of a step before the first one.
             for inputs in [self._inputs() for _ in range(num_micro_batches)]:
                 self.recorder.switch("train:forward", "activations")
-                with self.trainer.compute_loss_context_manager():
+                with self.autocast():
                     loss = self.trainer.compute_loss(self.model, inputs, num_items_in_batch=_number())
                 loss.backward()
                 del loss, inputs
@@ -162,7 +172,7 @@ class _Stage:
         self.model.eval()
         inputs = self._inputs()
         self.recorder.switch(part="activations")
-        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+        with torch.no_grad(), self.autocast():
             self.trainer.compute_loss(self.model, inputs, num_items_in_batch=_number())
 
     def generate(self) -> None:

@@ -24,7 +24,7 @@ _MIN_STEPS = 20
 _NUM_EVALUATIONS = 5
 # Products of this many rows by thousands of columns keep every core of a GPU busy; more at once is hardly faster, and the room
 # is better spent on keeping activations.
-_SATURATED_TOKENS = 4096
+_SATURATED_TOKENS = 2048
 _CPU_ROWS = 8
 
 

@@ -84,7 +84,7 @@ def estimate_speed(
         tokens * flops / (device_tflops * 1e12 * share) + dequantising,
         architecture.num_layers * passes * _SECONDS_PER_LAYER_AND_PASS,
     )
-    return Speed(tokens / seconds, f"{share:.0%} of the card's {device_tflops:g} TFLOP/s, {where}")
+    return Speed(tokens / seconds, f"{100 * share:.0f} % of the card's {device_tflops:g} TFLOP/s, {where}")
 
 
 def flops_per_token(architecture: Architecture, settings: Mapping[str, Any]) -> float:
@@ -133,7 +133,7 @@ def _cpu_speed(flops: float, dtype: str) -> Speed:
     if "torch" not in sys.modules:
         return Speed(None, "no run on this CPU has been recorded")
     reached = _product_flops_per_second(dtype)
-    basis = f"{_CPU_SHARE:.0%} of the {reached / 1e12:.2g} TFLOP/s that a product of {dtype} matrices reaches here"
+    basis = f"{100 * _CPU_SHARE:.0f} % of the {reached / 1e12:.2g} TFLOP/s that a product of {dtype} matrices reaches here"
     return Speed(_CPU_SHARE * reached / flops, basis)
 
 

@@ -99,7 +99,7 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> Summary:
         num_false_refusals=sum(line in ended and not _over_budget(line) for line in refused),
         num_out_of_memory=sum(line["out_of_memory"] and line["fits"] for line in ran),
         num_over_budget=sum(line["fits"] and _over_budget(line) for line in ended),
-        num_under=sum(error < 0 for error in errors), num_over_margin=sum(_over_margin(line) for line in ended),
+        num_under=sum(error < 0 for error in errors), num_over_margin=sum(_over_margin(line, COMPARED_PHASES) for line in ended),
         num_retried=sum(line["retries"] > 0 for line in ended),
         num_long_answers=sum(_over_margin(line, ("generate",)) for line in ended),
         mean_error=statistics.mean(sizes) if sizes else None, median_error=statistics.median(sizes) if sizes else None,

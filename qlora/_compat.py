@@ -85,13 +85,14 @@ def pretend_device(
 ) -> Iterator[None]:
     """Make library code that runs on meta tensors choose what it would choose on the device that is simulated.
 
-    Undone on leaving; nothing is computed inside, so nothing can come out wrong. Three choices look at the device and not
+    Undone on leaving; nothing is computed inside, so nothing can come out wrong. Four choices look at the device and not
     at the operator, so a recorder of operators does not reach them:
 
     - `functions` stand in for those of torch.nn.functional that pick a kernel: scaled_dot_product_attention on meta takes
       the composed form, which stores all scores. Goes when torch can be asked which kernel a device would take.
     - torch.is_autocast_enabled and get_autocast_dtype: raise for meta (torch 2.13, "unknown device type for autocast"); TRL
       and PEFT ask them. `autocast` is the answer; None is no.
+    - torch.optim.AdamW: its fused kernel runs on meta, but the optimizer refuses devices that have none.
     - TRL's fused output head (trl.kernels.chunked_logprob, 1.15 and later) runs Triton kernels on CUDA and torch
       operators elsewhere, which take several tiles more. The kernels take nothing and write in place.
     """
@@ -100,6 +101,7 @@ def pretend_device(
 
     import torch
     import torch.nn.functional as F
+    import torch.optim.adam as adam
 
     def autocast_enabled(device_type: str | None = None) -> bool:
         return autocast is not None
@@ -109,10 +111,12 @@ def pretend_device(
 
     replaced: list[tuple[Any, str, Any]] = [(F, name, value) for name, value in functions.items()]
     replaced += [(torch, "is_autocast_enabled", autocast_enabled), (torch, "get_autocast_dtype", autocast_dtype)]
-    if triton:
-        def nothing(*args: Any, **kwargs: Any) -> None:
-            pass
 
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        pass
+
+    replaced.append((adam, "_device_dtype_check_for_fused", nothing))
+    if triton:
         chosen = {"trainer.utils": {"_use_triton": lambda device: True},
                   "kernels.chunked_logprob": dict.fromkeys(("_forward_tile", "_backward_tile", "_addmm_fp32"), nothing)}
         for place, values in chosen.items():

@@ -37,7 +37,7 @@ def recipe(**sections):
 
 def need(candidate):
     """Bytes of a made-up model: grows with whatever ought to need more."""
-    rows = candidate.micro_batch * candidate.max_length * (1 if candidate.checkpointing else 20) * 2_500_000
+    rows = candidate.micro_batch * candidate.max_length * (1 if candidate.checkpointing else 20) * 3_000_000
     return 3 * GIB + candidate.r * 4_000_000 + rows
 
 

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from truth import ANSWER_TOKENS, CPU, Cell, Truth, measure, phase, small_config
+from truth import ANSWER_TOKENS, CPU, Cell, Truth, measure, phase, save_base, small_config
 
 from qlora.architecture import describe, select_targets
 from qlora.planning.kernels_cpu import cpu_attention_kernel, cpu_temporaries
@@ -73,11 +73,38 @@ def test_a_rehearsal_takes_what_the_run_takes(cell, tmp_path):
     assert_close(found["eval"], true.peaks["eval"])
 
 
-@pytest.mark.parametrize("cell", [Cell("llama", length=400), Cell("gemma2", length=300, attention="eager")], ids=str)
+@pytest.mark.parametrize("cell", [
+    Cell("llama", length=400), Cell("llama", length=300, ragged=True), Cell("gemma2", length=300, attention="eager"),
+], ids=str)
 def test_generation_takes_what_was_rehearsed(cell, tmp_path, monkeypatch):
     monkeypatch.setattr("qlora.training.rehearsal._GENERATED_TOKENS", ANSWER_TOKENS)
     true = measure(cell, tmp_path, after=("generate",)).peaks["generate"]
     assert_close(rehearsed(cell, ("train", "generate"))["generate"], true)
+
+
+@pytest.mark.parametrize("cell", [
+    Cell("llama", length=64), Cell("llama", length=64, compute="fp32"), Cell("qwen3", length=64), Cell("gpt2", length=64),
+], ids=str)
+def test_loading_takes_what_was_rehearsed(cell, tmp_path):
+    """Less the mapped file, which the profiler counts and the system can take back."""
+    true = measure(cell, tmp_path)
+    mapped = sum(file.stat().st_size for file in tmp_path.glob("base/*.safetensors"))
+    assert_close(rehearsed(cell, ("load", "train"))["load"], true.peaks["load"] - mapped)
+
+
+def test_random_weights_take_what_real_ones_take(tmp_path):
+    from qlora.model.build import build_base
+
+    left = {}
+    for weights in ("pretrained", "random"):
+        cell, truth = Cell("gpt2"), Truth()
+        save_base(small_config(cell), tmp_path)
+        with truth.watch(), phase("load"):
+            base = build_base(str(tmp_path), small_config(cell), device=CPU, precision=cell.precision, weights=weights)
+        assert all(parameter.isfinite().all() for parameter in base.parameters() if parameter.is_floating_point())
+        left[weights] = truth.left["load"]
+        del base
+    assert left["random"] == left["pretrained"]
 
 
 def test_cells_cover_what_memory_depends_on():

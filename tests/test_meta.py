@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 bnb = pytest.importorskip("bitsandbytes")
 
-from truth import CPU, PRECISIONS, give_own_storage, save_base
+from truth import CPU, PRECISIONS, save_base
 
 from qlora.architecture import describe, select_targets
 from qlora.model.adapt import add_adapters
@@ -47,7 +47,6 @@ def both(request, tmp_path_factory):
     save_base(config, folder)
     settings = dict(precision=PRECISIONS["bf16"], attention="eager")
     real = build_base(str(folder), config, device=CPU, **settings)
-    give_own_storage(real)
     return real, build_base_on_meta(config, **settings), config
 
 

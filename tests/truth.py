@@ -158,13 +158,6 @@ def save_base(config: Any, folder: Path) -> None:
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def give_own_storage(model: torch.nn.Module) -> None:
-    """On a CPU, weights that keep the type they have in the file are views of the file, which stays mapped whole."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.clone()
-
-
 def phase(name: str) -> Any:
     """`with phase("train"):` inside `Truth.watch`."""
     return record_function(_MARK + name)
@@ -190,7 +183,6 @@ def measure(cell: Cell, folder: Path, *, after: tuple[str, ...] = ()) -> Truth:
     with truth.watch():
         with phase("load"):
             base = build_base(str(folder / "base"), config, device=CPU, precision=precision, attention=cell.attention)
-            give_own_storage(base)
             model = add_adapters(base, selection, r=cell.r, alpha=cell.r, seed=0, dtype=torch_dtype(precision.adapters))
             del base
         with phase("prepare"):

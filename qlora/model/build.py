@@ -135,6 +135,8 @@ def build_base(
         raise _explain(error, base, "weights") from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    if device.kind == "cpu":
+        _give_own_storage(model)
     _compat.use_plain_cpu_kernels(model)
     model.config.use_cache = False  # the cache is for generation, which asks for it itself
     return model
@@ -199,6 +201,14 @@ def _refuse_missing(base: str, loading: dict[str, Any]) -> None:
         )
 
 
+def _give_own_storage(model: PreTrainedModel) -> None:
+    """On a CPU, weights that keep the type that they have in the file are views of it, and keep all of it mapped; random ones
+    are views of one buffer of noise."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+
+
 def _skeleton(config: PreTrainedConfig, precision: Precision) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
@@ -210,8 +220,8 @@ def _skeleton(config: PreTrainedConfig, precision: Precision) -> PreTrainedModel
 def _random_weights(skeleton: PreTrainedModel, precision: Precision, seed: int) -> dict[str, torch.Tensor]:
     """A state dict of matrices that takes 8 MiB however large the model is: each is a view into one buffer of noise.
 
-    Rows of a matrix larger than the buffer overlap, shifted; that is random enough for timing and memory. Norms and
-    biases are left out, and the loader gives them their usual start.
+    Rows of a matrix larger than the buffer overlap, shifted; that is random enough for timing and memory. Norms are
+    left out, and the loader gives them their usual start. Biases are zero: it leaves those of 4-bit layers as they were found.
     """
     import torch
 
@@ -220,6 +230,8 @@ def _random_weights(skeleton: PreTrainedModel, precision: Precision, seed: int) 
     noise = torch.randn(size, generator=torch.Generator().manual_seed(seed)).mul_(std).to(torch_dtype(precision.compute))
     weights = {}
     for name, parameter in skeleton.named_parameters():
+        if name.endswith(".bias"):
+            weights[name] = torch.zeros(parameter.shape, dtype=parameter.dtype)
         if parameter.ndim < 2:
             continue
         columns = parameter.shape[-1]

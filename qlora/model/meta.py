@@ -48,7 +48,7 @@ def build_base_on_meta(
             )
     except (ImportError, ValueError) as error:
         raise ModelError(f"{config.model_type} cannot be built with {attention} attention: {error}",
-                         "Set model.attention: sdpa.") from error
+                         "Set model.attention: auto.") from error
     if num_layers is not None:
         keep_layers(model, num_layers)
     quantiser = AutoHfQuantizer.from_config(quantisation(precision), pre_quantized=False)
@@ -80,6 +80,9 @@ def give_nf4_weight(module: bnb.nn.Linear4bit, dtype: torch.dtype, *, double_qua
     """
     import bitsandbytes as bnb
     import torch
+
+    if module.bias is not None:  # transformers makes it in fp32, and the loader gives it the type of the rest
+        module.bias = torch.nn.Parameter(module.bias.to(dtype), requires_grad=False)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from qlora.planning.kernels_cpu import quantising_bytes
 from qlora.planning.trace import Recorder
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _KEPT_FREE_BYTES = 1.2 * 2**30  # of the card's memory; modeling_utils.py, cachi
 
 
 def record_loading(
-    recorder: Recorder, model: PreTrainedModel, *, warm_up: bool = True, device_bytes: int | None = None
+    recorder: Recorder, model: PreTrainedModel, *, warm_up: bool = True, on_cpu: bool = False, device_bytes: int | None = None
 ) -> None:
     """Record the phase "load" of a model that ends up like this one, whose tensors are counted from here on.
 
@@ -40,9 +41,12 @@ def record_loading(
     Args:
         model: on meta, in 4 bits, as `qlora.model.meta.build_base_on_meta` leaves it.
         warm_up: transformers' first block, which it takes on CUDA and not on the CPU.
+        on_cpu: the mapped file, which is the system's cache and no tensor, stands in for 16-bit tensors, and quantising takes
+            copies in fp32.
         device_bytes: the card's memory; the first block leaves 1.2 GiB of it alone. None: as large as it likes.
     """
     import bitsandbytes as bnb
+    import torch
     from transformers.pytorch_utils import Conv1D
 
     with recorder.during("load", "base"):
@@ -52,11 +56,14 @@ def record_loading(
         for name, tensor in in_loading_order(model):
             module = model.get_submodule(name.rpartition(".")[0])
             if isinstance(module, bnb.nn.Linear4bit) and name.endswith(".weight"):
-                _quantise(recorder, module, transposed=issubclass(getattr(module, "source_cls", object), Conv1D))
+                transposed = issubclass(getattr(module, "source_cls", object), Conv1D)
+                _quantise(recorder, module, transposed=transposed, on_cpu=on_cpu)
             elif name in stacked:
                 _stack(recorder, tensor, stacked[name])
-            else:
+            elif not on_cpu or tensor.dtype == torch.float32:
                 recorder.track(tensor, "base")
+        for parameter in model.parameters():  # on a CPU 16-bit ones are views of the file until the base is complete
+            recorder.track(parameter, "base")
         for buffer in model.buffers():  # they are made anew after the weights
             recorder.track(buffer, "base")
 
@@ -83,11 +90,14 @@ def _warm_up_bytes(model: PreTrainedModel, device_bytes: int | None) -> int:
     return size if device_bytes is None else min(size, int(device_bytes - _KEPT_FREE_BYTES))
 
 
-def _quantise(recorder: Recorder, module: bnb.nn.Linear4bit, *, transposed: bool) -> None:
+def _quantise(recorder: Recorder, module: bnb.nn.Linear4bit, *, transposed: bool, on_cpu: bool) -> None:
     """From the 16-bit tensor to the packed one and its scales, in bitsandbytes' order."""
     state = module.quant_state
-    sixteen = [_num_weights(module.weight) * state.dtype.itemsize] * (2 if transposed else 1)
-    held = [recorder.hold(size, "16-bit weight", "workspace") for size in sixteen]
+    size = _num_weights(module.weight) * state.dtype.itemsize
+    copies = transposed + (not on_cpu or state.dtype.itemsize == 4)
+    held = [recorder.hold(size, "16-bit weight", "workspace") for _ in range(copies)]
+    inside = quantising_bytes(_num_weights(module.weight), state.dtype) if on_cpu else []
+    held_inside = [recorder.hold(size, "quantising", "workspace") for size in inside]
     if not state.nested:
         recorder.track(state.absmax, "base")
         recorder.track(module.weight, "base")
@@ -96,6 +106,9 @@ def _quantise(recorder: Recorder, module: bnb.nn.Linear4bit, *, transposed: bool
         scales_bytes = 4 * state.absmax.numel()
         scales = recorder.hold(scales_bytes, "fp32 scales", "workspace")
         recorder.track(module.weight, "base")
+        for number in held_inside:
+            recorder.drop(number)
+        held_inside = []
         recorder.track(state.code, "base")
         recorder.track(state.offset, "base")
         centred = recorder.hold(scales_bytes, "fp32 scales less their mean", "workspace")
@@ -104,7 +117,7 @@ def _quantise(recorder: Recorder, module: bnb.nn.Linear4bit, *, transposed: bool
         recorder.track(state.state2.code, "base")
         recorder.drop(centred)
         recorder.drop(scales)
-    for number in held:
+    for number in (*held, *held_inside):
         recorder.drop(number)
 
 

@@ -157,7 +157,7 @@ def _column(s: Summary) -> dict[str, str]:
 
 def _row(line: Mapping[str, Any]) -> tuple[str, ...]:
     if "planned" not in line:
-        return (line["cell"], *[""] * 6, "", "", line["error"], "", "", "")
+        return (line["cell"], *[""] * 6, "", "", line["error"][:100], "", "", "")
     settings = line["settings"]
     shape = (
         line["model"], format_bytes(line["budget_bytes"]), f"{settings['train.micro_batch']} x {settings['train.accumulation']}",
@@ -166,7 +166,7 @@ def _row(line: Mapping[str, Any]) -> tuple[str, ...]:
     )
     measured = line.get("measured")
     if measured is None:
-        return (*shape, "", line.get("error") or "refused", "", "", "")
+        return (*shape, "", line.get("error", "refused")[:100], "", "", "")
     refused = "" if line["fits"] else "refused, "
     reserved = format_bytes(max(measured["reserved"].values())) if measured["reserved"] else ""
     if line["out_of_memory"]:

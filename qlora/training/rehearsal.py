@@ -63,6 +63,11 @@ class Batches:
     packed: bool = False
     generation_tokens: int = TOKENS_PER_BATCH
 
+    @property
+    def masked(self) -> bool:
+        """Attention in training needs a mask: rows are padded, or must not see each other."""
+        return self.packed or (self.ragged and self.micro_batch > 1)
+
 
 def rehearse(
     config: PreTrainedConfig,
@@ -86,7 +91,7 @@ def rehearse(
         brief: one micro-batch with gradients and optimizer state in place, instead of two steps that make them. The peaks are
             the same; the history that the allocator sees is not.
     """
-    recorder = Recorder("meta", _temporaries(device), ragged=batches.ragged)
+    recorder = Recorder("meta", _temporaries(device), ragged=batches.masked)
     state = random.getstate(), torch.get_rng_state()
     on_gpu = device.kind == "cuda"
     functions = cuda_functions(device.capability) if on_gpu else {"scaled_dot_product_attention": cpu_attention_kernel()}
@@ -97,7 +102,7 @@ def rehearse(
                 config, precision=precision, attention=settings["model.attention"], num_layers=num_layers
             )
             if "load" in phases:
-                record_loading(recorder, base, warm_up=on_gpu, device_bytes=device.memory_bytes)
+                record_loading(recorder, base, warm_up=on_gpu, on_cpu=not on_gpu, device_bytes=device.memory_bytes)
             model = _adapt(base, selection, precision, settings)
             stage = _Stage(model, recorder, precision, settings, batches)
             with recorder:
@@ -180,6 +185,7 @@ class _Stage:
         rows = rows_at_once(self.batches.row_tokens, _GENERATED_TOKENS, self.batches.generation_tokens)
         prompt_tokens = self.batches.row_tokens
         self.model.eval()
+        self.recorder.ragged = rows > 1 and (self.batches.ragged or self.batches.packed)
         with torch.no_grad():
             out = self.model(**_prompt(rows, prompt_tokens), use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
@@ -278,15 +284,13 @@ def _rows(batches: Batches) -> list[_Row]:
 
 
 def _optimizer(trainer: AdapterTrainer, trainable: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The class and options that the trainer would use, without torch's fused kernel, which is none on meta.
+    """The class and options that the trainer would use, for state that is not paged.
 
-    State is the same; the plain form's temporaries are those of one adapter matrix at a time. Paged state is managed memory,
-    which the driver moves off the card when others need it; on meta it is plain state that is left out of the count.
+    Paged state is managed memory, which the driver moves off the card when others need it; on meta it is plain state that is
+    left out of the count.
     """
     cls, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     options.pop("is_paged", None)
-    if options.pop("fused", False):
-        options["foreach"] = False
     return cls(trainable, **options)
 
 
@@ -335,8 +339,13 @@ def _number() -> torch.Tensor:
 
 
 def _prompt(rows: int, num_tokens: int, seen: int | None = None) -> dict[str, torch.Tensor]:
-    ids = torch.empty((rows, num_tokens), dtype=torch.long, device="meta")
-    return {"input_ids": ids, "attention_mask": torch.empty((rows, seen or num_tokens), dtype=torch.long, device="meta")}
+    def numbers(width: int) -> torch.Tensor:
+        return torch.empty((rows, width), dtype=torch.long, device="meta")
+
+    # `generate` gives each row positions of its own, for which models keep one rotation a row.
+    return {
+        "input_ids": numbers(num_tokens), "position_ids": numbers(num_tokens), "attention_mask": numbers(seen or num_tokens),
+    }
 
 
 def _lengthen(cache: Any, num_tokens: int) -> None:

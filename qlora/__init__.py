@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from qlora.architecture import describe, find_config
     from qlora.console import ConsoleProgress
     from qlora.errors import QloraError
+    from qlora.planning.plan import Plan
     from qlora.progress import Progress
     from qlora.recipe import Recipe, build_recipe, load_recipe
+    from qlora.training.planner import plan_model, plan_recipe
     from qlora.training.run import RunResult, train
     from qlora.training.setup import prepare
 
@@ -27,6 +29,9 @@ _HOMES = {
     "build_recipe": "qlora.recipe",
     "load_recipe": "qlora.recipe",
     "prepare": "qlora.training.setup",
+    "plan_recipe": "qlora.training.planner",
+    "plan_model": "qlora.training.planner",
+    "Plan": "qlora.planning.plan",
     "train": "qlora.training.run",
     "RunResult": "qlora.training.run",
     "find_config": "qlora.architecture",

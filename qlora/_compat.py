@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from qlora.hardware.driver import on_windows
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -20,12 +22,27 @@ def prepare_environment() -> None:
     - OMP_WAIT_POLICY: torch and bitsandbytes each bring an OpenMP pool, and idle threads of one spin against the other
       (seen with torch 2.13 and bitsandbytes 0.50.2). Goes when bitsandbytes links the pool that torch ships.
     - TOKENIZERS_PARALLELISM: silences the warning about forks; rows are tokenised before any worker starts.
+    - PYTORCH_ALLOC_CONF: segments that grow, so that little of a small card is lost between blocks; torch has them off. Not on
+      Windows and WSL, where they are missing or slow. The plan simulates what is set here (`expandable_segments`).
     - CUDA_VISIBLE_DEVICES: one card, the fastest or the first that the user names. transformers' trainer takes every card
       it sees, and TRL (1.14 to 1.16, `SFTTrainer.__init__`) refuses to run on several from one process.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if not on_windows() and _allocator_settings() is None:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def expandable_segments(*, windows: bool) -> bool:
+    """Whether torch's allocator has segments that grow in a run on a machine of this kind."""
+    wanted = _allocator_settings()
+    return not windows and (wanted is None or "expandable_segments:true" in wanted.lower().replace(" ", ""))
+
+
+def _allocator_settings() -> str | None:
+    """What the user, or `prepare_environment`, has set for torch's allocator; the second name is the older one."""
+    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
 
 
 def use_plain_cpu_kernels(model: PreTrainedModel) -> None:

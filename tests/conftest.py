@@ -1,5 +1,6 @@
 """What tests share: the folder of real test material where it is there, and a cache of the embedded base."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,9 +20,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Plans and receipts of tests are none of the user's; the embedded base, which takes long to build, is shared."""
     from qlora.home import cache_home
 
-    users, own = cache_home(), tmp_path_factory.mktemp("cache")
+    base = tmp_path_factory.getbasetemp()
+    # Workers share one, so that what takes long is made once.
+    users, own = cache_home(), (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    own.mkdir(exist_ok=True)
     for folder in users.glob("builtin-tiny-*"):
-        (own / folder.name).symlink_to(folder)
+        with contextlib.suppress(FileExistsError):
+            (own / folder.name).symlink_to(folder)
     before = os.environ.get("QLORA_CACHE")
     os.environ["QLORA_CACHE"] = str(own)
     yield
@@ -29,7 +34,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     for folder in own.glob("builtin-tiny-*"):
         if folder.is_dir() and not folder.is_symlink() and not (users / folder.name).exists():
             users.mkdir(parents=True, exist_ok=True)
-            shutil.move(folder, users / folder.name)
+            shutil.copytree(folder, users / folder.name, dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="session")

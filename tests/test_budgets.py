@@ -5,13 +5,11 @@ is measured.
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import truth
-from qlora.hardware import Device
 from qlora.planning.plan import Plan
 from qlora.training.planner import plan_model
 from qlora.units import MIB
@@ -37,35 +35,46 @@ def planned(folder: Path, budget_mib: float) -> Plan:
     return plan_model(str(folder), device=truth.CPU, overrides=(*GIVEN, f"memory.budget={budget_mib}MB"))
 
 
-def trained(model: str, plan: Plan, folder: Path) -> dict[str, int]:
-    """Peaks by phase of two real optimizer steps and what follows them."""
+def as_cell(model: str, plan: Plan) -> dict:
+    """The real run of a plan."""
     settings = plan.settings
-    cell = dict(
+    return dict(
         model=model, r=settings["lora.r"], micro_batch=settings["train.micro_batch"], accumulation=settings["train.accumulation"],
         length=settings["data.max_length"], checkpointing=settings["memory.checkpointing"], optimizer=settings["train.optimizer"],
         attention=settings["model.attention"], ragged=settings["train.micro_batch"] > 1,
     )
+
+
+def trained(cells: list[dict], folder: Path) -> list[dict[str, int]]:
+    """Peaks by phase of two real optimizer steps and an evaluation, for each cell, in a process of their own."""
     script = ("import sys, json; from pathlib import Path; import truth\n"
-              "cell, folder = json.loads(sys.argv[1]), Path(sys.argv[2])\n"
-              "print(json.dumps(truth.measure(truth.Cell(**cell), folder, after=('eval',)).peaks))")
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(cell), str(folder)], capture_output=True, text=True,
+              "for i, cell in enumerate(json.loads(sys.argv[1])):\n"
+              "    folder = Path(sys.argv[2]) / str(i); folder.mkdir()\n"
+              "    print('peaks', json.dumps(truth.measure(truth.Cell(**cell), folder, after=('eval',)).peaks))")
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(cells), str(folder)], capture_output=True, text=True,
                           cwd=Path(__file__).parent, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line.removeprefix("peaks ")) for line in done.stdout.splitlines() if line.startswith("peaks ")]
 
 
-@pytest.mark.parametrize(("model", "budget_mib"), [(model, budget) for model, budgets in PAIRS.items() for budget in budgets])
-def test_a_planned_run_stays_within_its_budget(model, budget_mib, folders, tmp_path):
-    plan = planned(folders[model], budget_mib)
-    assert plan.fits and plan.peak_bytes <= plan.budget_bytes == budget_mib * MIB
-    measured = trained(model, plan, tmp_path)
-    peak = max(measured[phase] for phase in ("load", "train", "eval"))
-    assert peak <= plan.budget_bytes
-    assert peak == pytest.approx(max(plan.phases[phase] for phase in ("load", "train", "eval")), rel=0.05)
+@pytest.mark.parametrize("model", PAIRS)
+def test_planned_runs_stay_within_their_budgets(model, folders, tmp_path):
+    plans = [planned(folders[model], budget) for budget in PAIRS[model]]
+    runs = trained([as_cell(model, plan) for plan in plans], tmp_path)
+    assert len(runs) == len(plans) >= 2
+    for budget_mib, plan, measured in zip(PAIRS[model], plans, runs):
+        assert plan.fits and plan.peak_bytes <= plan.budget_bytes == budget_mib * MIB
+        peak = max(measured[phase] for phase in ("load", "train", "eval"))
+        assert peak <= plan.budget_bytes
+        assert peak == pytest.approx(max(plan.phases[phase] for phase in ("load", "train", "eval")), rel=0.05)
+
+
+def test_there_are_ten_pairs():
+    assert sum(map(len, PAIRS.values())) >= 10
 
 
 def test_a_larger_budget_never_gives_a_worse_plan(folders):
     before = ()
-    for budget_mib in (20, 50, 63, 70, 90, 130, 200, 300, 400):
+    for budget_mib in (50, 70, 130, 200, 400):
         plan = planned(folders["llama"], budget_mib)
         settings = plan.settings
         quality = (plan.fits, settings["train.micro_batch"], settings["lora.r"], not settings["memory.checkpointing"])

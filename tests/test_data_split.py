@@ -74,7 +74,10 @@ def test_cutting_counts_every_row_once():
 
 def test_max_length():
     assert choose_max_length([5, 300], "auto", None) == 300
-    assert choose_max_length([5, 9000], "auto", None) == 2048
+    assert choose_max_length([5, 9000], "auto", None) == 9000  # nothing is cut unasked
+    assert choose_max_length(range(1, 1001), "p99", None) == 990
+    assert choose_max_length(range(1, 1001), "p99", 512) == 512
+    assert choose_max_length([7], "p1", None) == 7
     assert choose_max_length([5, 9000], "auto", 512) == 512
     assert choose_max_length([5], 512, 512) == 512
     with pytest.raises(DataError, match="1,024 tokens, but the model takes at most 512"):

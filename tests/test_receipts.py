@@ -103,7 +103,7 @@ def test_runs_of_other_library_versions_can_only_raise_the_prior():
 def test_reasons_say_what_they_rest_on():
     assert "Tesla T4" in Receipts().margin(device()).reason
     reason = Receipts([receipt(0.03)]).margin(device()).reason
-    assert "1 run on" in reason and "3.0% over" in reason and "Tesla T4" in reason
+    assert "1 run on" in reason and "3.0 % over" in reason and "Tesla T4" in reason
     assert "Tesla T4" not in Receipts([receipt(-0.01)] * 5).margin(device()).reason
 
 

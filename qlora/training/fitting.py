@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from qlora._compat import expandable_segments
 from qlora.architecture import Architecture, TargetSelection
 from qlora.generation import TOKENS_PER_BATCH
 from qlora.hardware import Device
@@ -146,14 +147,16 @@ def find_room(job: Job, receipts: Receipts) -> Room:
     """
     on_gpu = job.device.kind == "cuda"
     budget = find_budget(job.device, job.recipe.memory.budget, receipts)
-    expandable = on_gpu and not job.device.windows
+    expandable = on_gpu and expandable_segments(windows=job.device.windows)
     margin = receipts.margin(job.device, allocator_name(job.device))
     return Room(budget, margin, expandable=expandable, on_gpu=on_gpu)
 
 
 def allocator_name(device: Device) -> str:
-    """How receipts call the allocator that a run uses: Windows has no expandable segments."""
-    return "cpu" if device.kind == "cpu" else "native" if device.windows else "expandable"
+    """How receipts call the allocator that a run uses."""
+    if device.kind == "cpu":
+        return "cpu"
+    return "expandable" if expandable_segments(windows=device.windows) else "native"
 
 
 def workload(job: Job, attention: str, batch: int) -> Workload:

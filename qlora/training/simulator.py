@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qlora._compat import expandable_segments
 from qlora.architecture import Architecture, TargetSelection
 from qlora.catalog.skeleton import build_skeleton, layer_kinds
 from qlora.errors import ModelError, QloraError
@@ -128,7 +129,7 @@ class Simulator:
         live = max(live_peaks(events).values())
         if self.workload.device.kind == "cpu":
             return live, 0
-        expandable = not self.workload.device.windows
+        expandable = expandable_segments(windows=self.workload.device.windows)
         free = replay(events, expandable=expandable).peak_reserved_bytes
         slack = slack_bytes(live, expandable=expandable)
         if live + slack < free and replay(events, expandable=expandable, limit_bytes=live + slack).out_of_memory:
@@ -190,7 +191,8 @@ class Simulator:
         config = {key: value for key, value in work.config.to_dict().items() if not key.startswith("_")}
         return {
             "config": config, "targets": work.selection.patterns, "precision": asdict(work.precision), "attention": work.attention,
-            "device": [work.device.kind, work.device.capability, work.device.windows, work.device.num_threads],
+            "device": [work.device.kind, work.device.capability, work.device.windows, work.device.num_threads,
+                       expandable_segments(windows=work.device.windows)],
             "batch": work.batch, "packed": work.packed, "ragged": work.ragged, "dropout": work.dropout,
         }
 

@@ -140,3 +140,12 @@ def test_a_round_card_size_means_the_card():
     assert usable_bytes(device(gib=24), 8 * GIB) == 8 * GIB
     with pytest.raises(HardwareError, match="24.00 GiB, but a card has 7.60 GiB"):
         usable_bytes(device(gib=7.6), 24 * GIB)
+
+
+def test_a_percentile_becomes_the_length_that_it_is():
+    written = build_recipe(model="m", data={"path": "d.jsonl", "max_length": "p99"})
+    decided, _ = decide(written, facts(max_length=321))
+    assert decided["data.max_length"].value == 321
+    assert "p99" in decided["data.max_length"].reason
+    with pytest.raises(RecipeError, match="max_length"):
+        build_recipe(model="m", data={"path": "d.jsonl", "max_length": "p101"})

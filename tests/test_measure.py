@@ -14,7 +14,7 @@ from qlora.errors import RecipeError
 from qlora.hardware import describe_machine
 from qlora.planning.receipts import Receipts
 from qlora.recipe import build_recipe
-from qlora.training.cpu_memory import TensorMeter, own_every_weight
+from qlora.training.cpu_memory import TensorMeter
 from qlora.training.measure import Cell, measure_cell, parse_cells, plan_cell
 from qlora.training.measured import cells_table, cells_to_do, read_lines, receipt_of, summarise, summary_table
 from qlora.units import GIB, MIB
@@ -120,13 +120,6 @@ def test_tensors_are_counted_by_phase_and_to_the_byte():
             pass
     assert meter.allocated == {"load": 3 * MIB, "train": 8 * MIB, "eval": 4 * MIB}
     assert kept.numel() == 3 * MIB
-
-
-def test_views_of_a_buffer_get_memory_of_their_own():
-    layer = torch.nn.Linear(4, 4, bias=False)
-    layer.weight = torch.nn.Parameter(torch.arange(8.0).as_strided((4, 4), (1, 1)), requires_grad=False)
-    own_every_weight(layer)
-    assert layer.weight.untyped_storage().nbytes() == 4 * 4 * 4 and layer.weight[1].tolist() == [1, 2, 3, 4]
 
 
 # --- many lines --------------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def test_alternatives_come_with_what_to_type():
 def test_what_is_not_known_is_not_shown():
     plan = make_plan(num_steps=None, tokens_per_second=None, longest_length=None, kind="cpu", phases={}, notes=(), seconds=0.0)
     text = shown(plan_view(plan))
-    for absent in ("optimizer step", "tokens/s", "would still fit", "torch holds", "planned in", "None"):
+    for absent in ("optimizer step", "tokens/s", "fit at most", "torch holds", "planned in", "None"):
         assert absent not in text
 
 

@@ -66,7 +66,8 @@ def find_card(text: str, memory_mib: float | None = None) -> Card:
         HardwareError: no such card, none in that size, or several that differ in more than their memory.
     """
     words, size_gb = _read(text)
-    found = _nearest(words)
+    # One letter is a slip of the hand, even where a card has it in its name.
+    found = _nearest(words) if len(text.strip()) > 1 else []
     if not found:
         raise HardwareError(f"{text.strip()!r} is not in the table of NVIDIA cards.", _near_names(text))
     if len({_read(card.name)[0] - _OPTIONAL for card in found}) > 1:

@@ -72,7 +72,8 @@ def has_remote_class(config: PreTrainedConfig) -> bool:
 def first_line(error: BaseException) -> str:
     """Type and first line of an upstream error, for use inside one of our messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------

@@ -117,8 +117,8 @@ def device_from_card(card: Card | None, vram_bytes: int | None = None) -> Device
     if card is None:
         assert vram_bytes is not None, "either a card or a size"
         memory_bytes = cuda_bytes(vram_bytes)
-        return Device("cuda", f"a card of {vram_bytes / GIB:.3g} GB", memory_bytes, memory_bytes, has_bf16=True,
-                      capability=(8, 9), **host)
+        name = f"a card of {vram_bytes / GIB:.3g} GB" if vram_bytes >= GIB else f"a card of {format_bytes(vram_bytes)}"
+        return Device("cuda", name, memory_bytes, memory_bytes, has_bf16=True, capability=(8, 9), **host)
     memory_bytes = cuda_bytes(card.memory_mib * MIB)
     if vram_bytes is not None and vram_bytes > memory_bytes * 1.1:
         raise HardwareError(

@@ -23,8 +23,8 @@ _BATCH = 16
 _MIN_STEPS = 20
 _NUM_EVALUATIONS = 5
 # Products of this many rows by thousands of columns keep every core of a GPU busy; more at once is hardly faster, and the room
-# is better spent on keeping activations.
-_SATURATED_TOKENS = 2048
+# is better spent on keeping activations. What is left after that may go to rows, up to the second number.
+_SATURATED_TOKENS, _SPARE_TOKENS = 2048, 8192
 _CPU_ROWS = 8
 
 
@@ -65,9 +65,13 @@ def find_options(recipe: Recipe, facts: Facts) -> tuple[Options, Choice]:
         ranks = tuple(r for r in (16, 32, 64) if r <= most)
     paged = ("paged_adamw_8bit",) if on_gpu else ()
     optimizer, checkpointing = recipe.train.optimizer, recipe.memory.checkpointing
+    micro_batches = _micro_batches(recipe, facts, batch.value)
+    rows_are_free = "auto" == recipe.train.micro_batch == recipe.train.accumulation and not recipe.data.packing
+    spare = range(micro_batches[-1] + 1, min(_SPARE_TOKENS // facts.max_length, batch.value) + 1)
     options = Options(
         ranks=ranks,
-        micro_batches=_micro_batches(recipe, facts, batch.value),
+        micro_batches=micro_batches,
+        spare_micro_batches=tuple(n for n in spare if batch.value % n == 0) if rows_are_free and on_gpu else (),
         checkpointing=(True, False) if checkpointing == "auto" else (checkpointing,),
         optimizers=(*paged, "adamw_8bit", "adamw") if optimizer == "auto" else (optimizer,),
         max_length=facts.max_length,
@@ -120,6 +124,9 @@ def choose(recipe: Recipe, facts: Facts, found: Found, batch: Choice) -> tuple[d
     for key, (value, source, reason) in chosen.items():
         if decisions[key].value in ("auto", "conservative", "standard", "aggressive"):
             decisions[key] = Decision(value, source, reason)
+    if recipe.data.max_length != "auto" and isinstance(recipe.data.max_length, str):
+        reason = f"{recipe.data.max_length}: {facts.max_length_reason}"
+        decisions["data.max_length"] = Decision(facts.max_length, "derived", reason)
     fixed = f"all {facts.num_layers} stay on the device"
     decisions["memory.resident_layers"] = Decision(facts.num_layers, "default", fixed)
     decisions["memory.streamed_layers"] = Decision(0, "default", fixed)

@@ -58,7 +58,7 @@ class Plan:
         num_steps: optimizer steps; None where there is no data.
         alternatives: nearest plans that fit; empty where this one does.
         tokens_per_second: an estimate; `speed_basis` says what it rests on.
-        longest_length: rows of so many tokens still fit with these settings.
+        longest_length: tokens of the longest rows that fit at all, one at a time and with activations computed anew.
         seconds: what planning took.
     """
 

@@ -2,7 +2,7 @@
 
 Pure decisions: what a candidate needs is told by a function, which simulates it. The order is lexicographic, quality first:
 the length that covers the data is not touched; then a rank of 16 or more on the chosen projections; then rows at once; then a
-higher rank; then speed (no recomputation); then optimizer state in full precision.
+higher rank; then speed (no recomputation); then optimizer state in full precision; then more rows at once in what is left.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Options:
 
     Attributes:
         last_ranks: tried, largest first, only where the lowest of `ranks` does not fit.
+        spare_micro_batches: larger ones than speed has much use for, for the room that is left at the end.
     """
 
     ranks: tuple[int, ...]
@@ -41,6 +42,7 @@ class Options:
     optimizers: tuple[str, ...]
     max_length: int
     last_ranks: tuple[int, ...] = ()
+    spare_micro_batches: tuple[int, ...] = ()
 
     @property
     def least(self) -> Candidate:
@@ -91,6 +93,12 @@ def search(options: Options, fits: Callable[[Candidate], bool]) -> Found:
         value, limited = _largest(choices, lambda value: ok(replace(candidate, **{field: value})))
         candidate = replace(candidate, **{field: value})
         reasons[field] = _reason(field, value, limited, choices)
+    if options.spare_micro_batches and candidate.micro_batch == options.micro_batches[-1]:
+        choices = (candidate.micro_batch, *options.spare_micro_batches)
+        rows, _ = _largest(choices, lambda rows: ok(replace(candidate, micro_batch=rows)))
+        if rows > candidate.micro_batch:
+            candidate = replace(candidate, micro_batch=rows)
+            reasons["micro_batch"] = "there is room for more rows at once"
     return Found(candidate, True, reasons, len(tried))
 
 

@@ -66,16 +66,5 @@ class TensorMeter:
             self.allocated[name] = max(peak, self.allocated.get(name, 0))
 
 
-def own_every_weight(model: torch.nn.Module) -> None:
-    """Give each frozen weight memory of its own, one after the other.
-
-    On a CPU, weights that keep the type they are read in stay views: of the mapped file, or of the noise that random weights
-    are cut from. On a GPU they are copied there, and a plan counts them.
-    """
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.clone()
-
-
 def _phase(event: Any) -> tuple[int, int, str]:
     return event.start_ns(), event.start_ns() + event.duration_ns(), event.name().removeprefix(_MARK)

@@ -128,7 +128,7 @@ def make_plan(job: Job, progress: Progress | None = None, *, look_around: bool =
     decisions["memory.generation_tokens"] = _generation_decision(generation_tokens)
     settings = {key: decision.value for key, decision in decisions.items()}
     speed = estimate_speed(job.architecture, settings, job.device, receipts)
-    longest = _longest(simulator, found, room, job.architecture.max_positions) if look_around else None
+    longest = _longest(simulator, options, found, room, job.architecture.max_positions) if look_around else None
     alternatives = () if found.fits or sketch else find_alternatives(job, simulator, options, room)
     return Plan(
         model=job.recipe.model.base, device=job.device.name, kind=job.device.kind, budget_bytes=room.budget.bytes,
@@ -212,12 +212,12 @@ def _shorter_length(simulator: Simulator, options: Options, room: Room) -> int |
     return room.longest(simulator, least, _SHORTEST_LENGTH, least.max_length)
 
 
-def _longest(simulator: Simulator, found: Found, room: Room, max_positions: int | None) -> int | None:
-    """Tokens of the longest rows that fit with the other settings as they are; None where not even short ones do."""
+def _longest(simulator: Simulator, options: Options, found: Found, room: Room, max_positions: int | None) -> int | None:
+    """Tokens of the longest rows that fit at all, with the least of what may be chosen; None where not even short ones do."""
+    least = replace(options.least, r=min(options.least.r, found.candidate.r))
     most = min(max_positions or _LONGEST_LENGTH, _LONGEST_LENGTH)
-    if found.fits:
-        return room.longest(simulator, found.candidate, found.candidate.max_length, most)
-    return room.longest(simulator, found.candidate, min(_SHORTEST_LENGTH, found.candidate.max_length), found.candidate.max_length)
+    low, high = (least.max_length, most) if found.fits else (min(_SHORTEST_LENGTH, least.max_length), least.max_length)
+    return room.longest(simulator, least, low, high)
 
 
 def _generation_decision(num_tokens: int) -> Decision:

@@ -8,7 +8,6 @@ each in a process of its own. Nothing is downloaded, and nothing heavy is import
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from qlora.planning.cache import library_versions
 from qlora.planning.plan import Plan
 from qlora.progress import Progress
 from qlora.recipe import build_recipe
+from qlora.training.fitting import allocator_name
 from qlora.training.meter import MemoryMeter
 from qlora.training.planner import plan_model
 
@@ -52,6 +52,7 @@ _SMALL_MODELS: dict[str, dict[str, Any]] = {
                   head_dim=64, vocab_size=6144, max_position_embeddings=2048, tie_word_embeddings=True),
     "gemma2": dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                    head_dim=64, vocab_size=4096, max_position_embeddings=2048, sliding_window=128, query_pre_attn_scalar=64),
+    "gpt2": dict(n_embd=384, n_layer=3, n_head=6, vocab_size=4096, n_positions=2048),
     "phi3": dict(hidden_size=320, intermediate_size=896, num_hidden_layers=2, num_attention_heads=5, num_key_value_heads=5,
                  vocab_size=3200, max_position_embeddings=2048, original_max_position_embeddings=2048),
 }
@@ -113,7 +114,7 @@ def describe_cell(cell: Cell, plan: Plan | None, device: Device, command: str = 
     line = {
         "cell": str(cell), "model": cell.model, "device": device.name, "kind": device.kind, "capability": device.capability,
         "memory_bytes": device.memory_bytes, "os": platform.system(), "driver": _driver_version() if device.kind == "cuda" else None,
-        "allocator": _allocator(device), "versions": {"python": platform.python_version(), **library_versions()},
+        "allocator": allocator_name(device), "versions": {"python": platform.python_version(), **library_versions()},
         "command": command, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if plan is None:
@@ -173,10 +174,6 @@ def _run(setup: Setup, meter: Any, folder: Path, rows: list[dict[str, Any]]) -> 
         metrics.rows = rows
         with meter.during("load"):
             model = run.build_model(setup, progress)
-            if setup.device.kind == "cpu":
-                from qlora.training.cpu_memory import own_every_weight
-
-                own_every_weight(model)
         run.verify(setup, model)
         trainer = run.assemble(setup, model, folder, metrics)
         trainer.args.train_sampling_strategy = "sequential"  # shuffled, a batch might have no row of full length
@@ -314,14 +311,6 @@ def _figures(setup: Setup, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "gradient_norm": [row["grad_norm"] for row in ends],
         "flops_per_token": flops_per_token(setup.architecture, setup.plan.settings),
     }
-
-
-def _allocator(device: Device) -> str:
-    """How receipts call the allocator that this process uses, which its environment decides."""
-    if device.kind == "cpu":
-        return "cpu"
-    wanted = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    return "expandable" if "expandable_segments:true" in wanted.replace(" ", "").lower() else "native"
 
 
 def _driver_version() -> str | None:

@@ -74,7 +74,7 @@ def models_view(plans: Sequence[Plan], *, num_planned: int | None = None) -> Ren
     num_fits = sum(plan.fits for plan in plans)
     devices = ", ".join(dict.fromkeys(f"{_card(plan)} ({format_bytes(plan.budget_bytes)})" for plan in plans))
     title = heading(f"{num_fits} of {num_planned or len(plans)} models fit" + (f" on {devices}" if devices else ""))
-    legend = Text("rows: micro-batch; longest: tokens of the longest rows that still fit; peak: all that the run takes",
+    legend = Text("rows: micro-batch; longest: tokens of rows that fit at most, one at a time; peak: all that the run takes",
                   style="dim")
     impossible = [Text(f"{plan.model}: {' '.join(plan.notes)}", style="yellow") for plan in plans if not plan.peak_bytes]
     return Group(title, table, legend, *impossible)
@@ -122,7 +122,7 @@ def _cost(plan: Plan) -> Table:
         basis = f" ({plan.speed_basis})" if plan.speed_basis else ""
         rows.append(("speed", f"about {plan.tokens_per_second:,.0f} tokens/s{basis}"))
     if plan.longest_length is not None:
-        rows.append(("longest rows", f"{plan.longest_length:,} tokens would still fit with these settings"))
+        rows.append(("longest rows", f"{plan.longest_length:,} tokens fit at most, one row at a time, activations computed anew"))
     if plan.seconds:
         rows.append(("planned in", format_seconds(plan.seconds)))
     for name, text in rows:

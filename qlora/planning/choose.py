@@ -121,6 +121,9 @@ def choose(recipe: Recipe, facts: Facts, found: Found, batch: Choice) -> tuple[d
     every = recipe.train.eval_every if recipe.train.eval_every != "auto" else evaluations[0]
     chosen["train.save_every"] = _checkpoints(every, num_steps)
 
+    if facts.num_train_rows is None:  # nothing is known of these, and nothing hangs on them
+        for key in ("data.format", "data.validation", "train.eval_every", "train.save_every"):
+            chosen[key] = (chosen[key][0], "default", chosen[key][2])
     for key, (value, source, reason) in chosen.items():
         if decisions[key].value in ("auto", "conservative", "standard", "aggressive"):
             decisions[key] = Decision(value, source, reason)

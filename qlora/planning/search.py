@@ -2,7 +2,7 @@
 
 Pure decisions: what a candidate needs is told by a function, which simulates it. The order is lexicographic, quality first:
 the length that covers the data is not touched; then a rank of 16 or more on the chosen projections; then rows at once; then a
-higher rank; then speed (no recomputation); then optimizer state in full precision; then more rows at once in what is left.
+higher rank; then speed (no recomputation); then uncompressed optimizer state; then more rows at once in what is left.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _reason(field: str, value: Any, limited: bool, choices: Sequence[Any]) -> st
         return "recomputing saves memory, and without it this does not fit" if limited else "off: there is room to keep activations"
     if limited:
         return f"{choices[-1]} does not fit beside the rest"
-    return "the state of LoRA weights is small; there is room for it in full precision"
+    return "the state of LoRA weights is small; there is room for it uncompressed"
 
 
 def _reasons_for_least(options: Options) -> dict[str, str]:

@@ -85,7 +85,9 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="scripts/bench_planner.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench_planner.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", type=int, default=3, metavar="N", help="how often each is run (default: 3)")
     parser.add_argument("--model", default="meta-llama/Llama-3.1-8B", help="a model of the catalog (default: Llama 3.1 8B)")
     parser.add_argument("--vram", default="8GB", help="the card that it is planned for (default: 8GB)")

@@ -37,6 +37,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             shutil.copytree(folder, users / folder.name, dirs_exist_ok=True)
 
 
+# Files that take longest, first, so that no worker is left with one at the end.
+_LONGEST = ("test_quickstart.py", "test_training.py", "test_t4.py", "test_budgets.py", "test_cpu_truth.py", "test_simulator.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order of files, not that of the tests in one."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""

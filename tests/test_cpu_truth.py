@@ -36,9 +36,19 @@ CELLS = [
     Cell("phi3", length=512, r=32),
     Cell("phi3", micro_batch=4, length=128, checkpointing=False, compute="fp32"),
     # A small vocabulary and a wide MLP: the highest moment is in a layer's backward pass instead of the loss.
-    Cell("gpt2", length=512, sizes=(("vocab_size", 256), ("n_inner", 4096), ("n_embd", 252), ("n_layer", 2))),
+    Cell("gpt2", length=512, threads=2, sizes=(("vocab_size", 256), ("n_inner", 4096), ("n_embd", 252), ("n_layer", 2))),
     Cell("qwen3", length=1024, attention="eager", sizes=(("vocab_size", 256), ("intermediate_size", 3000))),
 ]
+
+
+@pytest.fixture(autouse=True)
+def threads_are_put_back():
+    """One thread, unless a test says otherwise: kernels' buffers grow with threads, and threads of two libraries that wait
+    for each other cost minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def rehearsed(cell, phases):
@@ -66,6 +76,7 @@ def assert_close(found, true):
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_a_rehearsal_takes_what_the_run_takes(cell, tmp_path):
+    torch.set_num_threads(cell.threads)
     true = measure(cell, tmp_path, after=("eval",))
     found = rehearsed(cell, ("train", "eval"))
     assert len(true.losses) == 2 and true.peaks["train"] > 20e6
@@ -109,7 +120,8 @@ def test_random_weights_take_what_real_ones_take(tmp_path):
 
 def test_cells_cover_what_memory_depends_on():
     assert len(CELLS) >= 16 and len({cell.model for cell in CELLS}) >= 2
-    for name in ("r", "micro_batch", "length", "checkpointing", "optimizer", "compute", "attention", "ragged", "packed"):
+    for name in ("r", "micro_batch", "length", "checkpointing", "optimizer", "compute", "attention", "ragged", "packed",
+                 "threads"):
         assert len({getattr(cell, name) for cell in CELLS}) > 1, name
 
 
@@ -146,6 +158,9 @@ def as_meta(value):
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
+THREADS = pytest.mark.parametrize("threads", [1, 2, 4])
+
+
 def near(true, planned):
     """To the byte, but for numbers of a few bytes that operators turn into tensors."""
     return 0 <= true - planned <= 64
@@ -154,7 +169,9 @@ def near(true, planned):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("length", [24, 256, 1000])
 @pytest.mark.parametrize("masked", [False, True])
-def test_flash_attention_takes_its_buffers(dtype, length, masked):
+@THREADS
+def test_flash_attention_takes_its_buffers(dtype, length, masked, threads):
+    torch.set_num_threads(threads)
     query, key, value = (torch.randn(2, length, heads, 48, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2))
     mask = torch.zeros(2, 1, length, length, dtype=dtype) if masked else None
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -165,14 +182,17 @@ def test_flash_attention_takes_its_buffers(dtype, length, masked):
     for gradient in (torch.ones_like(out), torch.ones(out.shape, dtype=dtype)):
         true, planned = inside(backward, gradient, query, key, value, out, logsumexp, 0.0, not masked, attn_mask=mask)
         if dtype == torch.float32:
-            assert near(true, planned)
+            row_sums = 4 * min(length, 256 if length >= 768 else 64 if length >= 192 else 32)
+            assert near(true, planned - (threads - 1) * row_sums)  # the other threads' own, which the profiler does not see
         else:  # with the blocks of 16-bit products, which are planned from above
             assert planned * 0.75 <= true <= planned + 64
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(512, 256), (100, 74)])
-def test_4_bit_weights_take_theirs(dtype, shape):
+@THREADS
+def test_4_bit_weights_take_theirs(dtype, shape, threads):
+    torch.set_num_threads(threads)
     bnb = pytest.importorskip("bitsandbytes")
     weight = torch.randn(shape).to(dtype)
     true, planned = inside(torch.ops.bitsandbytes.quantize_4bit.default, weight, 64, "nf4", torch.uint8)
@@ -203,21 +223,25 @@ def test_the_8_bit_optimizer_takes_its_copies(dtype, shape):
 
 
 @pytest.mark.parametrize("rows, inner, columns", [
-    (256, 16, 512), (256, 512, 16), (512, 512, 512), (1024, 1376, 512), (256, 2048, 1024), (1024, 4096, 64), (300, 320, 77),
+    (256, 16, 512), (256, 512, 16), (512, 512, 512), (1024, 1376, 512), (256, 2048, 1024), (1024, 4096, 64), (2048, 2048, 16),
+    (1000, 1000, 1024), (300, 320, 77), (600, 4096, 128), (8, 24, 16),
 ])
 @pytest.mark.parametrize("a_transposed", [False, True])
-def test_16_bit_products_take_at_most_what_is_planned(rows, inner, columns, a_transposed):
+@THREADS
+def test_16_bit_products_take_at_most_what_is_planned(rows, inner, columns, a_transposed, threads):
     """oneDNN's blocks depend on the processor: on another one than those of the table they may be fewer."""
+    torch.set_num_threads(threads)
     a = torch.randn(inner, rows).t() if a_transposed else torch.randn(rows, inner)
     a, b = a.to(torch.bfloat16), torch.randn(columns, inner, dtype=torch.bfloat16).t()
     true, planned = inside(torch.ops.aten.mm.default, a, b)
-    assert true <= planned <= 3 * 2**20 * torch.get_num_threads()
+    assert true <= planned <= 3 * 2**20 * threads
     batch = a.expand(3, *a.shape).contiguous()[:, :, ::2], b.expand(3, *b.shape)[:, ::2]
     true, planned = inside(torch.ops.aten.bmm.default, *batch)
     assert true <= planned
 
 
 def test_fp32_products_take_nothing():
+    torch.set_num_threads(2)
     assert inside(torch.ops.aten.mm.default, torch.randn(300, 400), torch.randn(400, 500)) == (0, 0)
 
 

@@ -1,6 +1,7 @@
 """The simulator on real architectures: shallow models tell the whole one exactly, and memory is monotone in what takes it."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 
@@ -59,7 +60,8 @@ def test_more_tokens_than_a_tile_of_the_loss_never_need_less():
 def test_what_the_trainer_does_is_what_is_simulated():
     """Dropout, padding, packing and a plain precision change the need in the direction that they change the run."""
     plain = simulator("Qwen/Qwen3-0.6B").tensors(BASE)
-    assert simulator("Qwen/Qwen3-0.6B", dropout=0.05).tensors(BASE) > plain
+    kept = replace(BASE, checkpointing=False)
+    assert simulator("Qwen/Qwen3-0.6B", dropout=0.05).tensors(kept) > simulator("Qwen/Qwen3-0.6B").tensors(kept)
     assert simulator("Qwen/Qwen3-0.6B", ragged=False).tensors(BASE) < plain
     assert simulator("Qwen/Qwen3-0.6B", precision=Precision("fp32", "fp32", False, "a test")).tensors(BASE) > 1.3 * plain
     assert simulator("Qwen/Qwen3-0.6B", attention="eager").tensors(replace(BASE, max_length=1024)) > plain
@@ -70,7 +72,8 @@ def test_what_the_trainer_does_is_what_is_simulated():
 def test_windows_has_no_triton_and_needs_more_for_the_loss():
     card = device_from_card(None, 8 * GIB)
     found = simulator("Qwen/Qwen3-0.6B"), simulator("Qwen/Qwen3-0.6B", device=replace(card, windows=True))
-    assert found[1].tensors(BASE) > found[0].tensors(BASE)
+    if find_spec("trl.kernels.chunked_logprob") is not None:  # before TRL 1.15 there were no kernels in Triton
+        assert found[1].tensors(BASE) > found[0].tensors(BASE)
     whole = [each.whole(BASE, 1024) for each in found]
     assert whole[1].slack_bytes > whole[0].slack_bytes
 

@@ -48,6 +48,7 @@ class Cell:
     attention: str = "sdpa"
     ragged: bool = False
     packed: bool = False
+    threads: int = 1
     sizes: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:

@@ -1,8 +1,8 @@
 """Planned against measured: train the worst batch of a plan for real, and write down what it took.
 
-A cell is a model under a budget. It is planned as `qlora plan` does it, built with random weights and trained for two optimizer
-steps by the functions of `qlora train`, under the plan's cap; one line of JSON holds both sides. scripts/measure runs many,
-each in a process of its own. Nothing is downloaded, and nothing heavy is imported before a cell runs.
+A cell is a model under a budget. It is planned as `qlora plan` does it, built with random weights and trained for two
+optimizer steps by the functions of `qlora train`, under the plan's cap; one line of JSON holds both sides. scripts/measure
+runs many, each in a process of its own. Nothing is downloaded, and nothing heavy is imported before a cell runs.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 NUM_STEPS = 2  # optimizer state is there from the second on
 # Generation is planned for answers of 256 tokens, which would take longer than all the rest. Its figure is a bound here, and
-# the peak that is compared is that of the other phases. (Loading counts the 24 MiB of noise that random weights are cut from
-# where it is done on a CPU.)
+# the peak that is compared is that of the other phases. On a CPU the noise that random weights are cut from counts as loading,
+# which it is not: 24 MiB, more than a small model.
 _ANSWER_TOKENS, _PLANNED_ANSWER_TOKENS = 8, 256
-COMPARED_PHASES = ("load", "train", "eval")
+COMPARED_PHASES = {"cuda": ("load", "train", "eval"), "cpu": ("train", "eval")}
 _ALWAYS = ("model.weights=random", f"train.max_steps={NUM_STEPS}", "train.eval_every=0", "train.save_every=0")
-_SETTINGS = ("lora.r", "train.micro_batch", "train.accumulation", "data.max_length", "data.packing", "memory.checkpointing",
-             "train.optimizer", "model.attention", "model.dtype", "memory.generation_tokens")
+_SETTINGS = ("lora.r", "train.micro_batch", "train.accumulation", "data.max_length", "data.packing", "lora.targets",
+             "memory.checkpointing", "train.optimizer", "model.attention", "model.dtype", "memory.generation_tokens")
 
 # Small models that need no catalog, for machines without a GPU: wide enough that a step takes tens of MiB.
 _SMALL_MODELS: dict[str, dict[str, Any]] = {
@@ -113,9 +113,10 @@ def describe_cell(cell: Cell, plan: Plan | None, device: Device, command: str = 
     """The part of a line that is known before anything is trained; `plan` is None where there is none."""
     line = {
         "cell": str(cell), "model": cell.model, "device": device.name, "kind": device.kind, "capability": device.capability,
-        "memory_bytes": device.memory_bytes, "os": platform.system(), "driver": _driver_version() if device.kind == "cuda" else None,
-        "allocator": allocator_name(device), "versions": {"python": platform.python_version(), **library_versions()},
-        "command": command, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "memory_bytes": device.memory_bytes, "os": platform.system(),
+        "driver": _driver_version() if device.kind == "cuda" else None, "allocator": allocator_name(device),
+        "versions": {"python": platform.python_version(), **library_versions()}, "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if plan is None:
         return line
@@ -124,13 +125,14 @@ def describe_cell(cell: Cell, plan: Plan | None, device: Device, command: str = 
         "settings": {name: plan.settings[name] for name in _SETTINGS},
         "planned": {
             "peak_bytes": plan.peak_bytes, "phases": plan.phases, "reserved_bytes": plan.reserved_bytes,
-            "context_bytes": plan.parts["context"], "margin_bytes": plan.parts["margin"], "tokens_per_second": plan.tokens_per_second,
+            "context_bytes": plan.parts["context"], "margin_bytes": plan.parts["margin"],
+            "tokens_per_second": plan.tokens_per_second,
         },
     }
 
 
 def measure_cell(cell: Cell, plan: Plan, folder: Path, *, command: str = "") -> dict[str, Any]:
-    """Train the worst batch of a plan, evaluate it, answer it and save the adapter, in a process that has trained nothing yet.
+    """Train the worst batch of a plan, evaluate, answer and save, in a process that has trained nothing yet.
 
     Args:
         folder: an empty one, for rows, metrics and adapter.
@@ -191,14 +193,15 @@ def _run(setup: Setup, meter: Any, folder: Path, rows: list[dict[str, Any]]) -> 
 
 
 def _make_setup(cell: Cell, plan: Plan, folder: Path) -> Setup:
-    """What `qlora.training.setup.prepare` makes of a recipe, for rows of the planned shape and a plan that is there already."""
+    """What `qlora.training.setup.prepare` makes of a recipe, for a plan that is there already and rows of its shape."""
     from qlora.architecture import select_targets
     from qlora.precision import choose_precision
     from qlora.training.setup import Setup, find_model, read_data
 
     device = find_device(plan.kind)
-    train = _write_rows(folder / "train.jsonl", _lengths(plan, NUM_STEPS * plan.settings["train.accumulation"]))
-    validation = _write_rows(folder / "validation.jsonl", _lengths(plan, 1))
+    num_micro_batches = NUM_STEPS * plan.settings["train.accumulation"]
+    train = _write_rows(folder / "train.jsonl", _lengths(plan, packed=plan.settings["data.packing"]) * num_micro_batches)
+    validation = _write_rows(folder / "validation.jsonl", _lengths(plan, packed=False))
     overrides = (*_ALWAYS, *cell.overrides, f"data.validation={validation}", "data.format=text",
                  f"data.max_length={plan.settings['data.max_length']}")
     recipe = build_recipe(overrides=overrides, model=_model_of(cell, folder), data=str(train))
@@ -228,14 +231,14 @@ def _model_of(cell: Cell, folder: Path) -> str:
 # --- rows --------------------------------------------------------------------------------------------------------------
 
 
-def _lengths(plan: Plan, num_micro_batches: int) -> list[int]:
-    """Tokens of each row, as a plan without data takes them to be: each batch has one of full length and others of half that;
-    a pack has two of half.
+def _lengths(plan: Plan, *, packed: bool) -> list[int]:
+    """Tokens of each row of a micro-batch, as a plan without data takes them to be: one of full length and others of half
+    that; a pack has two of half.
     """
     length, micro_batch = plan.settings["data.max_length"], plan.settings["train.micro_batch"]
-    if plan.settings["data.packing"]:
-        return [length // 2, length - length // 2] * num_micro_batches
-    return [length, *[max(2, length // 2)] * (micro_batch - 1)] * num_micro_batches
+    if packed:
+        return [length // 2, length - length // 2]
+    return [length, *[max(2, length // 2)] * (micro_batch - 1)]
 
 
 def _write_rows(path: Path, lengths: Sequence[int]) -> Path:
@@ -286,14 +289,15 @@ def _errors(plan: Plan, meter: Any | None) -> dict[str, Any]:
     phases = {phase: _percent(plan.phases[phase], size) for phase, size in meter.allocated.items() if phase in plan.phases}
     reserved = max(meter.reserved.values(), default=0)
     return {
-        "error_percent": _percent(compared_peak(plan.phases), compared_peak(meter.allocated)), "phase_error_percent": phases,
+        "error_percent": _percent(compared_peak(plan.phases, plan.kind), compared_peak(meter.allocated, plan.kind)),
+        "phase_error_percent": phases,
         "reserved_error_percent": _percent(plan.reserved_bytes, reserved) if reserved else None,
     }
 
 
-def compared_peak(phases: Mapping[str, int]) -> int:
-    """The highest of the phases that are measured just as they are planned."""
-    return max(phases.get(phase, 0) for phase in COMPARED_PHASES)
+def compared_peak(phases: Mapping[str, int], kind: str) -> int:
+    """The highest of the phases that are measured just as they are planned, on a device of this kind."""
+    return max(phases.get(phase, 0) for phase in COMPARED_PHASES[kind])
 
 
 def _percent(planned: int, measured: int) -> float:

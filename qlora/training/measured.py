@@ -26,7 +26,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def cells_to_do(cells: Iterable[Cell], lines: Iterable[Mapping[str, Any]], device: str, *, try_refused: bool = False) -> list[Cell]:
+def cells_to_do(
+    cells: Iterable[Cell], lines: Iterable[Mapping[str, Any]], device: str, *, try_refused: bool = False
+) -> list[Cell]:
     """Those that have no result on this device yet. A failure is no result; with `try_refused` a refusal is none either."""
     done = {line["cell"] for line in lines
             if line["device"] == device and "error" not in line and ("measured" in line or not try_refused)}
@@ -38,16 +40,17 @@ def receipt_of(line: Mapping[str, Any]) -> Receipt | None:
     if line.get("error_percent") is None:
         return None
     on_gpu, measured = line["kind"] == "cuda", line["measured"]
-    planned = {phase: line["planned"]["phases"][phase] for phase in COMPARED_PHASES}
+    planned, taken = ({phase: line[side]["phases"][phase] for phase in COMPARED_PHASES[line["kind"]]}
+                      for side in ("planned", "measured"))
     return Receipt(
-        device=line["device"], kind=line["kind"], model=line["model"], planned=planned,
-        measured={phase: measured["phases"][phase] for phase in COMPARED_PHASES},
+        device=line["device"], kind=line["kind"], model=line["model"], planned=planned, measured=taken,
         capability=tuple(line["capability"]) if line["capability"] else None, allocator=line["allocator"], os=line["os"],
         versions=line["versions"], settings=line["settings"],
         planned_reserved={"run": line["planned"]["reserved_bytes"]} if measured["reserved"] else {},
         measured_reserved=measured["reserved"], context_bytes=measured["context_bytes"], num_retries=line["retries"],
         # On a CPU the profiler has slowed the run down.
-        tokens_per_second=line["tokens_per_second"] if on_gpu else None, flops_per_token=line["flops_per_token"], date=line["date"],
+        tokens_per_second=line["tokens_per_second"] if on_gpu else None,
+        flops_per_token=line["flops_per_token"], date=line["date"],
     )
 
 
@@ -91,20 +94,24 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> Summary:
     refused = [line for line in lines if line.get("fits") is False]
     errors = [line["error_percent"] for line in ended]
     # Retries and a cap in reach keep the allocator below what it would take.
-    reserved = [line["reserved_error_percent"] for line in ended if line["reserved_error_percent"] is not None and not line["retries"]]
+    held = [line["reserved_error_percent"] for line in ended if not line["retries"]]
+    reserved = [error for error in held if error is not None]
     sizes = [abs(error) for error in errors]
     return Summary(
-        device=lines[0]["device"], num_cells=len(lines), num_measured=len(ended), num_failed=sum("error" in line for line in lines),
-        num_refused=len(refused), num_refused_tried=sum(line in ran for line in refused),
+        device=lines[0]["device"], num_cells=len(lines), num_measured=len(ended),
+        num_failed=sum("error" in line for line in lines), num_refused=len(refused),
+        num_refused_tried=sum(line in ran for line in refused),
         num_false_refusals=sum(line in ended and not _over_budget(line) for line in refused),
         num_out_of_memory=sum(line["out_of_memory"] and line["fits"] for line in ran),
         num_over_budget=sum(line["fits"] and _over_budget(line) for line in ended),
-        num_under=sum(error < 0 for error in errors), num_over_margin=sum(_over_margin(line, COMPARED_PHASES) for line in ended),
+        num_under=sum(error < 0 for error in errors),
+        num_over_margin=sum(_over_margin(line, COMPARED_PHASES[line["kind"]]) for line in ended),
         num_retried=sum(line["retries"] > 0 for line in ended),
         num_long_answers=sum(_over_margin(line, ("generate",)) for line in ended),
         mean_error=statistics.mean(sizes) if sizes else None, median_error=statistics.median(sizes) if sizes else None,
         worst_error=max(errors, key=abs, default=None), most_under=min(errors, default=None),
-        mean_reserved_error=statistics.mean(map(abs, reserved)) if reserved else None, most_reserved_under=min(reserved, default=None),
+        mean_reserved_error=statistics.mean(map(abs, reserved)) if reserved else None,
+        most_reserved_under=min(reserved, default=None),
     )
 
 
@@ -124,7 +131,8 @@ def _over_margin(line: Mapping[str, Any], phases: Sequence[str]) -> bool:
 
 def cells_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """One row a line, in Markdown."""
-    titles = ("model", "budget", "rows", "tokens", "r", "ckpt", "optimizer", "planned", "measured", "error", "reserved", "tok/s", "loss")
+    titles = ("model", "budget", "rows", "tokens", "r", "ckpt", "optimizer", "planned", "measured", "error", "reserved",
+              "tok/s", "loss")
     return _table(titles, [_row(line) for line in lines])
 
 
@@ -132,7 +140,8 @@ def summary_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """One column a device, in Markdown."""
     devices = dict.fromkeys(line["device"] for line in lines)
     columns = [_column(summarise([line for line in lines if line["device"] == device])) for device in devices]
-    return _table(("", *devices), [(name, *(column[name] for column in columns)) for name in (columns[0] if columns else ())])
+    names = columns[0] if columns else ()
+    return _table(("", *devices), [(name, *(column[name] for column in columns)) for name in names])
 
 
 def _column(s: Summary) -> dict[str, str]:
@@ -160,9 +169,10 @@ def _row(line: Mapping[str, Any]) -> tuple[str, ...]:
         return (line["cell"], *[""] * 6, "", "", line["error"][:100], "", "", "")
     settings = line["settings"]
     shape = (
-        line["model"], format_bytes(line["budget_bytes"]), f"{settings['train.micro_batch']} x {settings['train.accumulation']}",
+        line["model"], format_bytes(line["budget_bytes"]),
+        f"{settings['train.micro_batch']} x {settings['train.accumulation']}",
         f"{settings['data.max_length']:,}", str(settings["lora.r"]), "on" if settings["memory.checkpointing"] else "off",
-        settings["train.optimizer"], format_bytes(compared_peak(line["planned"]["phases"])),
+        settings["train.optimizer"], format_bytes(compared_peak(line["planned"]["phases"], line["kind"])),
     )
     measured = line.get("measured")
     if measured is None:
@@ -172,13 +182,15 @@ def _row(line: Mapping[str, Any]) -> tuple[str, ...]:
     if line["out_of_memory"]:
         return (*shape, "", f"{refused}out of memory in {list(measured['phases'])[-1]}", reserved, "", "")
     return (
-        *shape, format_bytes(compared_peak(measured["phases"])), refused + _percents(line["error_percent"]), reserved,
+        *shape, format_bytes(compared_peak(measured["phases"], line["kind"])),
+        refused + _percents(line["error_percent"]), reserved,
         f"{line['tokens_per_second']:,.0f}", " to ".join(f"{loss:.2f}" for loss in line["loss"]),
     )
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [titles, ("---",) * len(titles), *(tuple(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows)]
+    plain = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines = [titles, ("---",) * len(titles), *plain]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -118,7 +118,10 @@ def _flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 def _flash_attention_backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any
 ) -> Sequence[int]:
-    """Scores and their gradients, row sums, the gradient made contiguous, and the blocks of the matmuls in between."""
+    """Scores and their gradients, row sums, the gradient made contiguous, and the blocks of the matmuls in between.
+
+    Row sums and blocks are taken by each thread for itself: torch's profiler sees those of the calling thread only.
+    """
     rows, columns = _split(query, key)
     threads = torch.get_num_threads()
     heads_last = grad.transpose(1, 2).is_contiguous()
@@ -151,37 +154,39 @@ def _matmul(a: torch.Tensor, b: torch.Tensor, **_: Any) -> Sequence[int]:
     """oneDNN's blocks, and a copy of an operand that is neither contiguous nor the transpose of something contiguous."""
     if not _onednn_multiplies(a):
         return []
-    (num_rows, num_inner), num_columns = a.shape[-2:], b.shape[-1]
-    if num_rows * num_inner * num_columns <= 16**3:  # aten/src/ATen/native/mkldnn/Matmul.cpp: too small to be worth it
+    (num_rows, num_inner), num_columns, batch = a.shape[-2:], b.shape[-1], math.prod(a.shape[:-2])
+    if batch * num_rows * num_inner * num_columns <= 16**3:  # too small to be worth it: ATen/native/mkldnn/Matmul.cpp
         return []
     copies = [0 if _is_dense(each) else each.numel() * each.element_size() for each in (a, b)]
     transposed = a.stride(-1) != 1 and not copies[0]
-    return [*copies, _matmul_blocks(num_rows, num_inner, num_columns, copied=transposed)]
+    return [*copies, _matmul_blocks(num_rows, num_inner, num_columns, copied=transposed, batch=batch)]
 
 
-def _matmul_blocks(num_rows: int, num_inner: int, num_columns: int, *, copied: bool = False) -> int:
+def _matmul_blocks(num_rows: int, num_inner: int, num_columns: int, *, copied: bool = False, batch: int = 1) -> int:
     """Bytes that oneDNN's blocked 16-bit matmul takes: blocks of the product in fp32, of B and, where A lies badly, of A.
 
-    Found by profiling products of 312 shapes with torch 2.13 (oneDNN 3) on a processor with AVX512-BF16, one thread: to the
-    byte for 200 of them, where rows are a multiple of 256 for nearly all, and high for the rest. `_matmul_blocks` is small
-    beside what it is added to: 2 MB a thread at most.
+    Sizes of blocks are those of oneDNN 3, src/cpu/x64/matmul/brgemm_matmul_utils.cpp, for a processor with AVX512-BF16. With
+    one thread they agree with torch's profiler to the byte for most products. Elsewhere they are high, never low: oneDNN
+    takes blocks of fewer rows where that shares the work more evenly among the threads.
 
     Args:
         copied: A is read in columns. Rows that lie a multiple of 8 KiB apart are copied too, because they would all fall
             into the same lines of the cache.
     """
-    rows, columns = min(256, num_rows), min(64, num_columns)
-    far_apart = num_rows > 512 and num_inner % 4096 == 0
-    inner = min(math.ceil(num_inner / 32) * 32, 1024)
-    if copied and num_inner >= 1024:
-        inner = 512
-    product = 4 * rows * columns
-    if not (copied or far_apart):
-        return torch.get_num_threads() * (product + 2 * inner * 64 + 1024)
-    if num_inner > inner:  # sums wait for the next block of A, for several blocks of columns
-        product *= min(16, math.ceil(num_columns / 64))
-    lines = 2 * rows * (inner + 32 if inner >= 512 else inner) + 128
-    return torch.get_num_threads() * (product + 2 * inner * 64 + lines + 1024)
+    threads, rows, columns = torch.get_num_threads(), min(256, num_rows), min(64, num_columns)
+    column_blocks = math.ceil(num_columns / 64)
+    far_apart = num_rows >= 1024 and num_inner % 4096 == 0
+    inner = min(math.ceil(num_inner / 32) * 32, 1024 if num_inner > 1024 and not copied else 512)
+    product, lines = 4 * rows * columns, 0
+    if copied or far_apart:
+        lines = 2 * rows * (inner + 32 if inner >= 512 else inner)
+        if num_inner > inner:  # sums wait for the next block of A, for several blocks of columns
+            product *= min(16, column_blocks)
+    power_of_2 = num_inner & (num_inner - 1) == 0
+    if copied and batch == 1 and threads > column_blocks and num_inner >= 2048 and power_of_2:
+        # Too few columns for all threads: each sums a part of the inner dimension, for the whole product.
+        product = max(product, 4 * num_rows * num_columns)
+    return threads * (product + 2 * inner * 64 + lines + 640) + (512 if lines else 384)
 
 
 def _onednn_multiplies(operand: torch.Tensor) -> bool:

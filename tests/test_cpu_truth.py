@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from truth import ANSWER_TOKENS, CPU, Cell, Truth, measure, phase, save_base, small_config
+from truth import ANSWER_TOKENS, CPU, Cell, Truth, measure, save_base, small_config
 
 from qlora.architecture import describe, select_targets
 from qlora.planning.kernels_cpu import cpu_attention_kernel, cpu_temporaries
@@ -110,7 +110,7 @@ def test_random_weights_take_what_real_ones_take(tmp_path):
     for weights in ("pretrained", "random"):
         cell, truth = Cell("gpt2"), Truth()
         save_base(small_config(cell), tmp_path)
-        with truth.watch(), phase("load"):
+        with truth.watching(), truth.during("load"):
             base = build_base(str(tmp_path), small_config(cell), device=CPU, precision=cell.precision, weights=weights)
         assert all(parameter.isfinite().all() for parameter in base.parameters() if parameter.is_floating_point())
         left[weights] = truth.left["load"]
@@ -132,8 +132,8 @@ def inside(func, *args, **kwargs):
     """Bytes that an operator took beyond what it left, measured; and the table's sum for the same on meta."""
     func(*args, **kwargs)  # what is made once and kept is not the operator's
     truth = Truth()
-    with truth.watch():
-        with phase("op"):
+    with truth.watching():
+        with truth.during("op"):
             out = func(*args, **kwargs)
     del out
     hidden = cpu_temporaries()[func](*map(as_meta, args), **{key: as_meta(value) for key, value in kwargs.items()})

@@ -9,14 +9,11 @@ that a library takes by malloc (MKL's, for one) are neither here nor in a plan.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from qlora import _compat
 from qlora.architecture import describe, select_targets
@@ -24,6 +21,7 @@ from qlora.hardware import Device
 from qlora.model.adapt import add_adapters
 from qlora.model.build import build_base
 from qlora.precision import Precision, torch_dtype
+from qlora.training.cpu_memory import TensorMeter
 
 CPU = Device("cpu", "this CPU", 2**35, 2**35, 2**35, 2**35, torch.get_num_threads(), True)
 PRECISIONS = {
@@ -31,7 +29,6 @@ PRECISIONS = {
     "fp32": Precision("fp32", "fp32", False, "a test"),
 }
 ANSWER_TOKENS = 12
-_MARK = "phase: "
 
 
 @dataclass(frozen=True)
@@ -121,35 +118,15 @@ def rows(cell: Cell, num_rows: int) -> list[Any]:
 
 
 @dataclass
-class Truth:
-    """Bytes of torch's CPU allocator: the highest in each phase, and what was still there at each phase's end."""
+class Truth(TensorMeter):
+    """A meter of one run, with the losses that the run came by."""
 
-    peaks: dict[str, int] = field(default_factory=dict)
-    left: dict[str, int] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
 
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Count all that happens inside; phases are marked by `phase`."""
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            yield
-        self._read(profiler)
-
-    def _read(self, profiler: profile) -> None:
-        events = profiler.profiler.kineto_results.events()
-        phases = sorted((e.start_ns(), e.start_ns() + e.duration_ns(), e.name().removeprefix(_MARK))
-                        for e in events if e.name().startswith(_MARK))
-        memory = sorted(((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]"))
-        total, rest = 0, iter([*memory, (2**63, 0, 0)])
-        when, _, size = next(rest)
-        for start, end, name in phases:
-            while when < start:
-                total, (when, _, size) = total + size, next(rest)
-            peak = total
-            while when < end:
-                total, (when, _, size) = total + size, next(rest)
-                peak = max(peak, total)
-            self.peaks[name], self.left[name] = peak, total
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The highest in each phase."""
+        return self.allocated
 
 
 def save_base(config: Any, folder: Path) -> None:
@@ -160,18 +137,11 @@ def save_base(config: Any, folder: Path) -> None:
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def phase(name: str) -> Any:
-    """`with phase("train"):` inside `Truth.watch`."""
-    return record_function(_MARK + name)
-
-
 def measure(cell: Cell, folder: Path, *, after: tuple[str, ...] = ()) -> Truth:
     """Build, adapt and train two optimizer steps; then, if asked, evaluate ("eval") and answer ("generate").
 
     Phases: load (base and adapters), prepare (the trainer), train, and those of `after`.
     """
-    import gc
-
     from qlora.generation import answer, rows_at_once
     from qlora.training.trainer import as_dataset, build_trainer
 
@@ -181,25 +151,24 @@ def measure(cell: Cell, folder: Path, *, after: tuple[str, ...] = ()) -> Truth:
     data = as_dataset(rows(cell, 2 * cell.micro_batch * cell.accumulation), pack_to=cell.length if cell.packed else None)
     truth, metrics = Truth(), []
     save_base(config, folder / "base")
-    gc.collect()  # so that nothing old is released while the profiler looks
-    with truth.watch():
-        with phase("load"):
+    with truth.watching():
+        with truth.during("load"):
             base = build_base(str(folder / "base"), config, device=CPU, precision=precision, attention=cell.attention)
             model = add_adapters(base, selection, r=cell.r, alpha=cell.r, seed=0, dtype=torch_dtype(precision.adapters))
             del base
-        with phase("prepare"):
+        with truth.during("prepare"):
             trainer = build_trainer(
                 model, tokenizer, data, None, folder=folder, settings=settings, precision=precision, device=CPU,
                 num_steps=2, on_row=metrics.append,
             )
-        with phase("train"):
+        with truth.during("train"):
             trainer.train()
         if "eval" in after:
-            with phase("eval"):
+            with truth.during("eval"):
                 trainer.measure(data)
         if "generate" in after:
             prompts = [row.input_ids for row in rows(cell, rows_at_once(cell.length, ANSWER_TOKENS))]
-            with phase("generate"):
+            with truth.during("generate"):
                 answer(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, stop_ids=[])
         del trainer, model
     truth.losses = [row["loss"] for row in metrics if "loss" in row]

@@ -27,10 +27,12 @@ class TensorMeter:
     Attributes:
         allocated: known when `watching` has ended, in the order in which the phases began.
         reserved: empty; the CPU's allocator keeps nothing back.
+        left: what was still there at each phase's end.
     """
 
     allocated: dict[str, int] = field(default_factory=dict)
     reserved: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -63,7 +65,7 @@ class TensorMeter:
             while when < end:
                 total, (when, _, size) = total + size, next(rest)
                 peak = max(peak, total)
-            self.allocated[name] = max(peak, self.allocated.get(name, 0))
+            self.allocated[name], self.left[name] = max(peak, self.allocated.get(name, 0)), total
 
 
 def _phase(event: Any) -> tuple[int, int, str]:

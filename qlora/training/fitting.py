@@ -88,7 +88,7 @@ class Room:
 
     def reserve(self, tensor_bytes: int) -> int:
         """The margin for what the simulation has missed in earlier runs."""
-        return round(tensor_bytes * self.margin.share) + self.margin.bytes
+        return self.margin.of(tensor_bytes)
 
     def holds(self, tensor_bytes: int) -> bool:
         """Whether so many bytes of tensors fit."""
@@ -133,7 +133,7 @@ def make_plan(job: Job, progress: Progress | None = None, *, look_around: bool =
     return Plan(
         model=job.recipe.model.base, device=job.device.name, kind=job.device.kind, budget_bytes=room.budget.bytes,
         fits=found.fits, phases=whole.phases, parts=_parts(whole, room), reserved_bytes=whole.reserved_bytes,
-        host_peak_bytes=_host_bytes(job, whole, receipts), disk_bytes=_disk_bytes(whole.parts), decisions=decisions, num_steps=num_steps,
+        host_peak_bytes=_host_bytes(job, simulator, whole, receipts), disk_bytes=_disk_bytes(whole.parts), decisions=decisions, num_steps=num_steps,
         alternatives=alternatives, tokens_per_second=speed.tokens_per_second, speed_basis=speed.basis,
         notes=_notes(job, room), longest_length=longest, seconds=round(time.perf_counter() - started, 3),
     )
@@ -226,15 +226,10 @@ def _generation_decision(num_tokens: int) -> Decision:
     return Decision(num_tokens, "derived", "as many tokens of answers at once as fit beside the weights")
 
 
-def _host_bytes(job: Job, whole: Simulated, receipts: Receipts) -> int:
+def _host_bytes(job: Job, simulator: Simulator, whole: Simulated, receipts: Receipts) -> int:
     """The program, the rows and, on a CPU, the tensors; on a GPU what passes through RAM on its way there."""
-    tensors = max(whole.phases.values()) if job.device.kind == "cpu" else 2 * _largest_tensor_bytes(job)
+    tensors = max(whole.phases.values()) if job.device.kind == "cpu" else simulator.loading_host_bytes
     return program_bytes(job.device, receipts) + job.rows.host_bytes + tensors
-
-
-def _largest_tensor_bytes(job: Job) -> int:
-    sizes = [p.in_features * p.out_features for p in (*job.architecture.projections, *job.architecture.others)]
-    return 2 * max([*sizes, job.architecture.vocab_size * job.architecture.hidden_size])
 
 
 def _disk_bytes(parts: Mapping[str, int]) -> int:

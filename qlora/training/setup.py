@@ -207,9 +207,10 @@ def check_checkpoints(settings: dict[str, Any]) -> None:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of every library whose change could change a run."""
+    """Versions of Python, of this program and of every library whose change could change a run."""
     import platform
-    from importlib.metadata import version
 
-    libraries = ("qlora", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
-    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+    from qlora import __version__
+    from qlora.planning import cache
+
+    return {"python": platform.python_version(), "qlora": __version__, **cache.library_versions()}

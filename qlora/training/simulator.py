@@ -15,6 +15,7 @@ from qlora.home import cache_home
 from qlora.planning.allocator import live_peaks, parts_at_peak, replay, slack_bytes
 from qlora.planning.cache import remembered
 from qlora.planning.depth import depths_to_simulate, extend
+from qlora.planning.loading import loading_host_bytes
 from qlora.planning.search import Candidate
 from qlora.precision import Precision
 
@@ -76,7 +77,9 @@ class Simulator:
     def __init__(self, workload: Workload):
         self.workload = workload
         self.num_simulated = 0
-        self._depths = depths_to_simulate(layer_kinds(build_skeleton(workload.config)))
+        skeleton = build_skeleton(workload.config)
+        self.loading_host_bytes = loading_host_bytes(skeleton)
+        self._depths = depths_to_simulate(layer_kinds(skeleton))
         self._known: dict[Any, Any] = {}
 
     def tensors(self, candidate: Candidate) -> int:

@@ -42,6 +42,14 @@ class OutputError(QloraError, OSError):
     """A run folder that cannot be written."""
 
 
+class BusyError(OutputError):
+    """A run folder that another process is working in."""
+
+
+class ResumeError(QloraError, RuntimeError):
+    """A run that cannot be gone on with: no checkpoint of it is good, or its data or settings have changed."""
+
+
 class VerificationError(QloraError, RuntimeError):
     """What was built differs from what was planned. Nothing has been trained when this is raised."""
 
@@ -59,6 +67,10 @@ class PushError(QloraError, OSError):
 
 
 class InterruptedRun(QloraError):
-    """The user stopped the run."""
+    """The run was stopped from outside: Ctrl-C (exit code 130), or a signal, whose exit code is 128 and its number."""
 
     exit_code = 130
+
+    def __init__(self, problem: str, fix: str = "", *, exit_code: int = 130):
+        super().__init__(problem, fix)
+        self.exit_code = exit_code

@@ -24,12 +24,15 @@ def prepare_environment() -> None:
     - TOKENIZERS_PARALLELISM: silences the warning about forks; rows are tokenised before any worker starts.
     - PYTORCH_ALLOC_CONF: segments that grow, so that little of a small card is lost between blocks; torch has them off. Not on
       Windows and WSL, where they are missing or slow. The plan simulates what is set here (`expandable_segments`).
+    - DISABLE_SAFETENSORS_CONVERSION: transformers (5.17 to 5.23) asks a Space of the Hub to convert a model that has only pickled
+      weights, from a thread of its own; such a model is refused, and nobody asked for the request.
     - CUDA_VISIBLE_DEVICES: one card, the fastest or the first that the user names. transformers' trainer takes every card
       it sees, and TRL (1.14 to 1.16, `SFTTrainer.__init__`) refuses to run on several from one process.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if not on_windows() and _allocator_settings() is None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -87,6 +90,13 @@ def quieten_libraries() -> None:
     for name in ("bitsandbytes", "accelerate", "peft", "trl", "huggingface_hub", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+
+
+def silence_profiler() -> None:
+    """Two lines that torch's profiler writes to stderr at each start and stop ("USDT: ... profiler_start", seen with torch 2.13).
+    Goes when they are no longer above its own level for errors.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def hide_loading_bars() -> None:

@@ -49,9 +49,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = verbs.add_parser(
         "train", parents=[common], help="run a recipe", formatter_class=_SettingsHelp,
-        description="Run a recipe: plan, quantise, adapt, train, evaluate, save and report.",
+        description="Run a recipe: plan, quantise, adapt, try out, train, evaluate, save and report.\n"
+        "A run that was cut short goes on from its newest good checkpoint when the same command is given again, and comes to\n"
+        "the same result. Ctrl-C saves a checkpoint first; a second one stops at once.",
     )
     _add_recipe(train)
+    train.add_argument("--fresh", action="store_true", help="start anew beside a run that is there, instead of going on with it")
+    train.add_argument("--force", action="store_true",
+                       help="go on with a run although its settings or data are not what they were; the result is then neither's")
     train.set_defaults(verb="train")
 
     check = verbs.add_parser(

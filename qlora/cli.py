@@ -1,7 +1,7 @@
 """The command line. The only place that prints results and sets exit codes; everything it does is also in Python.
 
 Exit codes: 0 done; 2 you can fix it (recipe, data, model, hardware); 3 trained, but not pushed; 4 training diverged;
-130 interrupted. Heavy libraries are imported by the verb that needs them, so `qlora --help` is instant.
+130 interrupted (143 by SIGTERM). Heavy libraries are imported by the verb that needs them, so `qlora --help` is instant.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qlora import _compat
 from qlora.arguments import build_parser, join_sizes
 from qlora.errors import QloraError, RecipeError
+from qlora.redact import redact
 from qlora.units import MIB
 
 if TYPE_CHECKING:
@@ -55,16 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _VERBS[options.verb](options)
     except QloraError as error:
-        if options.debug:
-            raise
-        return _fail(error)
+        return _show_traceback(error.exit_code) if options.debug else _fail(error)
     except KeyboardInterrupt:
-        kept = " Checkpoints that were written are in the run folder." if options.verb == "train" else ""
+        kept = " The same command starts, or goes on." if options.verb == "train" else ""
         print(f"\nInterrupted.{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader of a pipe has gone; nobody is left to tell
         return 0
+    except Exception:  # a mistake of ours: all that is known of it is shown, but for secrets
+        return _show_traceback(1)
 
 
 # --- the verbs ---------------------------------------------------------------------------------------------------------
@@ -79,13 +81,14 @@ def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     progress = ConsoleProgress()
     with progress.stage("Starting"):
+        from qlora.results.report import without_secrets
         from qlora.results.summary import summary_tables
         from qlora.training.run import train
 
         _compat.hide_loading_bars()
-    result = train(recipe, progress)
+    result = train(recipe, progress, fresh=options.fresh, force=options.force)
     console = Console()
-    for table in summary_tables(result.summary):
+    for table in summary_tables(without_secrets(result.summary)):
         console.print(table)
     console.print(f"Report:  {result.report}", highlight=False, soft_wrap=True)
     console.print(f"Adapter: {result.adapter}", highlight=False, soft_wrap=True)
@@ -102,16 +105,18 @@ def _check(options: argparse.Namespace) -> int:
     from qlora.console import ConsoleProgress
     from qlora.recipe import load_recipe
     from qlora.training.setup import check
-    from qlora.views import data_view, plan_view
+    from qlora.views import data_view, plan_view, preflight_view
 
     recipe = load_recipe(options.recipe, options.overrides)
     console = Console()
-    data, plan = check(recipe, ConsoleProgress(), data_only=options.data_only)
+    data, plan, checks = check(recipe, ConsoleProgress(), data_only=options.data_only)
     console.print(data_view(data))
     if plan is not None:
-        console.print()
-        console.print(plan_view(plan))
+        for view in (plan_view(plan), preflight_view(checks)):
+            console.print()
+            console.print(view)
     bad = any(finding.level == "error" for finding in data.findings) or (plan is not None and not plan.fits)
+    bad = bad or any(check.stops for check in checks)
     console.print("\nNot ready: see above." if bad else "\nReady to train.", style="bold red" if bad else "bold green")
     return 2 if bad else 0
 
@@ -335,10 +340,16 @@ def _fail(error: QloraError) -> int:
     from rich.text import Text
 
     console = Console(stderr=True, soft_wrap=True)
-    console.print(Text("error: ", style="bold red").append(error.problem, style="default"))
+    console.print(Text("error: ", style="bold red").append(redact(error.problem), style="default"))
     if error.fix:
-        console.print(Text(error.fix))
+        console.print(Text(redact(error.fix)))
     return error.exit_code
+
+
+def _show_traceback(exit_code: int) -> int:
+    """Of the error that is being handled, as Python would show it, without secrets."""
+    print(redact(traceback.format_exc()), end="", file=sys.stderr)
+    return exit_code
 
 
 _VERBS = {"train": _train, "check": _check, "plan": _plan, "models": _models, "inspect": _inspect, "push": _push}

@@ -14,6 +14,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from qlora.progress import Progress
+from qlora.redact import redact
 from qlora.units import format_bytes, format_seconds
 from qlora.views import plan_view
 
@@ -33,11 +34,11 @@ class ConsoleProgress(Progress):
         self._validation = ""
 
     def note(self, text: str) -> None:
-        self.console.print(Text(f"  {text}"))
+        self.console.print(Text(f"  {redact(text)}"))
 
     @contextmanager
     def stage(self, text: str) -> Iterator[Callable[[int, int], None]]:
-        started = time.perf_counter()
+        started, text = time.perf_counter(), redact(text)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn())
         with Bars(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
             task = bars.add_task(text, total=None)
@@ -78,4 +79,4 @@ class ConsoleProgress(Progress):
             self._say(f"step {row['step']}/{self._num_steps}: {figures}")
 
     def _say(self, text: str) -> None:
-        self.console.print(Text(f"  {text}"))
+        self.console.print(Text(f"  {redact(text)}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +32,15 @@ class Evaluation:
         document = asdict(self)
         document.pop("answers")
         return {**document, "perplexity": self.perplexity}
+
+    def to_record(self) -> dict[str, Any]:
+        """Everything, for `from_record`."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Evaluation:
+        """What `to_record` gave."""
+        return cls(**{**record, "answers": tuple(record["answers"])})
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float | None:

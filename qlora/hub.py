@@ -11,10 +11,14 @@ def find_adapter(folder: Path) -> Path:
     """The adapter folder of a run.
 
     Raises:
-        OutputError: there is none, so there is nothing to push.
+        OutputError: there is none, so there is nothing to push; or it holds links, which could lead anywhere.
     """
     for candidate in (folder / "adapter", folder):
         if (candidate / "adapter_config.json").is_file():
+            links = sorted(path.name for path in candidate.rglob("*") if path.is_symlink())
+            if links:  # what they lead to would be sent
+                raise OutputError(f"{candidate} holds links, which a run does not make: {', '.join(links[:3])}.",
+                                  "Put the files that are meant in their place, or remove them.")
             return candidate
     raise OutputError(f"{folder} holds no adapter/adapter_config.json.", "Name a run folder that a finished run left behind.")
 

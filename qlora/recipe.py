@@ -6,6 +6,7 @@ What can be set is declared in `qlora.settings`.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
+        json.dumps(tree, default=str, skipkeys=True)
+    except (RecursionError, ValueError) as error:  # an alias that holds itself, or brackets without end
+        raise RecipeError(f"{path} is nested without end.", "Write sections with their settings, two levels deep.") from error
     except yaml.MarkedYAMLError as error:
         place = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
         raise RecipeError(f"{place}: not valid YAML: {error.problem}.", "Indent with spaces and write key: value.") from None

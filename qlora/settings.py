@@ -166,7 +166,11 @@ class TrainSection(Section):
         "auto or a whole number of steps from 0",
     )
     save_every: _Auto | _CountInt = _setting(
-        "auto", "Steps between checkpoints; 0 = none. auto = at each evaluation.", "auto or a whole number of steps from 0"
+        "auto", "Steps between checkpoints, beside those of the best evaluation and the last step; 0 = none. auto = at each evaluation.",
+        "auto or a whole number of steps from 0"
+    )
+    save_minutes: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = _setting(
+        15.0, "A checkpoint after so many minutes as well; 0 = none.", "a number of minutes from 0"
     )
     keep: Literal["best", "last"] = _setting(
         "best", "The adapter that is kept: lowest validation loss, or the last step's.", "best or last"

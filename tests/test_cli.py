@@ -47,7 +47,6 @@ def test_train_prints_a_summary_and_exits_with_0(recipe_file, tmp_path):
         (["train", "{recipe}", "model.dtype=fp16"], "CPUs train in bf16 or fp32"),
         (["train", "{recipe}", "data.max_length=100000"], "256"),
         (["train", "{recipe}", "lora.targets=[q_prj]"], "q_proj"),
-        (["train", "{recipe}", "train.save_every=3", "train.eval_every=2"], "multiple of 2"),
         (["train", "{recipe}", "train.batch=8", "train.micro_batch=3"], "does not divide"),
         (["train", "{recipe}", "output.dir={folder}"], "is not empty"),
         (["train", "{recipe}", "train.report_to=[trackio]"], "pip install trackio"),

@@ -9,7 +9,7 @@ import pytest
 
 # A module may import from its own level and from those before it.
 LEVELS = [
-    ["errors", "units", "home"],
+    ["errors", "units", "home", "redact"],
     ["settings"],
     ["recipe", "progress", "evaluation"],
     ["hardware", "_compat", "data"],

@@ -89,14 +89,14 @@ def test_a_failure_is_written_down_and_tried_again(script, tmp_path):
 
 
 def test_running_out_of_memory_is_a_result(tmp_path, monkeypatch):
-    from qlora.training import run as flow
+    from qlora.training.trainer import AdapterTrainer
 
     def stop(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB\nand more")
 
     cell = Cell.parse(CELL)
     plan = plan_cell(cell, describe_machine("cpu"), tmp_path)
-    monkeypatch.setattr(flow, "run_steps", stop)
+    monkeypatch.setattr(AdapterTrainer, "train", stop)
     line = json.loads(json.dumps(measure_cell(cell, plan, tmp_path)))
     assert line["out_of_memory"] and line["message"] == "CUDA out of memory. Tried to allocate 2.00 MiB"
     assert list(line["measured"]["phases"]) == ["load", "train"] and line["error_percent"] is None and line["loss"] == []

@@ -251,6 +251,15 @@ def used_memory_bytes(device: Device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def free_memory_bytes(device: Device) -> int:
+    """Memory that nobody holds now: of the GPU, or of the RAM that this process may use."""
+    if device.kind == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(0)[0]
+    return host_memory()[1]
+
+
 def context_bytes(device: Device) -> int | None:
     """What CUDA itself takes of the GPU in this process, kernels loaded so far included; None where nobody can tell."""
     if device.kind != "cuda":

@@ -32,6 +32,12 @@ def own_gpu_bytes() -> int | None:
     return _ask_driver(_own_bytes)
 
 
+def cuda_of_driver() -> tuple[int, int] | None:
+    """The newest CUDA that the driver runs, such as (12, 4); None where it does not tell."""
+    number = _ask_driver(lambda nvml, _: nvml.nvmlSystemGetCudaDriverVersion_v2())
+    return None if number is None else (number // 1000, number % 1000 // 10)
+
+
 def _ask_driver(question: Callable[[Any, Any], Any]) -> Any:
     """`question(pynvml, handle of the card)`, or None where it cannot be asked."""
     try:

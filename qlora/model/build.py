@@ -9,6 +9,7 @@ from qlora import _compat
 from qlora.architecture import find_config
 from qlora.errors import ModelError
 from qlora.hardware import Device
+from qlora.model.safe_files import pickled, refuse_unsafe_files
 from qlora.precision import Precision, torch_dtype
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def build_base(
     Raises:
         ModelError: weights that are missing, gated, unreachable, pickled, or quantised in another way.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if weights == "pretrained" and not Path(base).expanduser().is_dir():
@@ -126,12 +128,15 @@ def build_base(
             model = type(skeleton).from_pretrained(None, state_dict=_random_weights(skeleton, precision, seed), **settings)
             model.name_or_path = base  # what the adapter's config names as its base
         else:
+            refuse_unsafe_files(base, revision=revision)
             model, loading = AutoModelForCausalLM.from_pretrained(
                 base, revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True,
                 key_mapping=_TEXT_PART_KEYS, output_loading_info=True, **settings,
             )
             _refuse_missing(base, loading)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise _explain(error, base, "weights") from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -262,13 +267,6 @@ def _explain(error: Exception, base: str, what: str) -> ModelError:
     text = str(error)
     local = Path(base).expanduser()
     if local.is_dir():
-        pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in local.glob(pattern)]
-        if what == "weights" and pickled and not any(local.glob("*.safetensors")):
-            return ModelError(
-                f"{base} holds its weights as pickle ({', '.join(sorted(pickled)[:3])}), which can run code when loaded.",
-                "Convert them once, on a machine you trust: "
-                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).",
-            )
         return ModelError(f"The {what} in {base} cannot be loaded: {_first_line(text)}",
                           "The folder needs config.json, *.safetensors and the tokenizer's files.")
     lowered = text.lower()
@@ -278,6 +276,8 @@ def _explain(error: Exception, base: str, what: str) -> ModelError:
     if "offline" in lowered or "connect" in lowered or "resolve" in lowered or "couldn't reach" in lowered:
         return ModelError(f"{base}: its {what} cannot be found on this machine, and the Hub cannot be reached.",
                           "Connect once, or name a folder that holds the model.")
+    if what == "weights" and "cannot be loaded with `safetensors`" in text:
+        return pickled(base)
     if "trust_remote_code" in text:
         return ModelError(f"{base} comes with Python code of its own, which is not run by default.",
                           "Read that code; if you trust it, set model.trust_remote_code: true.")

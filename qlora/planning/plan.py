@@ -43,6 +43,23 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class Fallback:
+    """What a run goes on with when memory runs short: the same rows a step, fewer of them at once.
+
+    Attributes:
+        micro_batch: rows at once.
+        accumulation: micro-batches of a step, each part of a planned one counted as one.
+        checkpointing: activations are computed anew in the backward pass.
+        peak_bytes: what the run needs with it, counted as `Plan.peak_bytes` is.
+    """
+
+    micro_batch: int
+    accumulation: int
+    checkpointing: bool
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run does, and what it needs.
 
@@ -57,6 +74,7 @@ class Plan:
         decisions: every setting by its dotted name.
         num_steps: optimizer steps; None where there is no data.
         alternatives: nearest plans that fit; empty where this one does.
+        fallbacks: what the run steps down to, one after the other, when memory runs short; each needs less than the one before.
         tokens_per_second: an estimate; `speed_basis` says what it rests on.
         longest_length: tokens of the longest rows that fit at all, one at a time and with activations computed anew.
         seconds: what planning took.
@@ -75,6 +93,7 @@ class Plan:
     decisions: dict[str, Decision]
     num_steps: int | None
     alternatives: tuple[Alternative, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
     tokens_per_second: float | None = None
     speed_basis: str = ""
     notes: tuple[str, ...] = ()
@@ -122,5 +141,6 @@ class Plan:
         values["alternatives"] = tuple(
             Alternative(**{**entry, "overrides": tuple(entry["overrides"])}) for entry in document["alternatives"]
         )
+        values["fallbacks"] = tuple(Fallback(**entry) for entry in document.get("fallbacks", ()))
         values["notes"] = tuple(document["notes"])
         return cls(**values)

@@ -38,14 +38,14 @@ _LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 @dataclass(frozen=True)
 class Receipt:
-    """One finished run. Sizes in bytes.
+    """One trial of a plan, or one finished run. Sizes in bytes.
 
     Attributes:
         kind: "cuda" or "cpu"; `capability` is CUDA's, None on a CPU.
         allocator: "native", "expandable" or, on a CPU, "cpu".
         versions: of the libraries, see `qlora.planning.cache.library_versions`.
         settings: dotted name to value, those that decide memory and speed.
-        planned, measured: peak of tensor memory by phase (torch: max_memory_allocated).
+        planned, measured: peak of tensor memory by phase (torch: max_memory_allocated); {} where only the speed was measured.
         planned_reserved, measured_reserved: the same of what the allocator held; {} on a CPU.
         context_bytes: what CUDA took beside that, on a CPU what the program took beside its tensors; None where it was not
             measured.
@@ -72,6 +72,13 @@ class Receipt:
     flops_per_token: float | None = None
     key: str = ""
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    @property
+    def compares_tensors(self) -> bool:
+        """Whether it says how tensors were planned and measured. Receipts of a finished run on a CPU have its speed alone; older
+        ones had the RAM of the whole program.
+        """
+        return bool(self.planned and self.measured) and "program" not in self.measured
 
     @property
     def excess(self) -> float:
@@ -168,9 +175,7 @@ class Receipts:
             allocator: only receipts of this one; None for any.
         """
         prior, spare, why = _PRIORS[device.kind]
-        if device.kind == "cpu":  # receipts have the RAM of the whole program there, which teaches `context_bytes`
-            return Margin(prior, spare, f"{_percent(prior)}: {why}")
-        own = [r for r in self._of(device) if allocator in (None, r.allocator) and r.planned and r.measured]
+        own = [r for r in self._of(device) if allocator in (None, r.allocator) and r.compares_tensors]
         now = _simulated(library_versions())
         current = [r.excess for r in own if _simulated(r.versions) == now]
         older = [r.excess for r in own if _simulated(r.versions) != now]

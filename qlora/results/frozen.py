@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from qlora.errors import OutputError
+from qlora.redact import redact
 from qlora.results.facts import shown_path
 from qlora.settings import SECTIONS
 from qlora.units import format_bytes
@@ -104,7 +105,7 @@ def _header(plan: Plan, path: Path, command: str) -> list[str]:
                  f"{format_bytes(plan.budget_bytes)}, in the phase {plan.peak_phase}."),
         ("Host", f"{format_bytes(plan.host_peak_bytes)} of RAM, {format_bytes(plan.disk_bytes)} of disk for what the run "
                  "leaves."),
-        ("Plan", command), ("Run", run), ("Override", f"{run} train.epochs=2"),
+        ("Plan", redact(command)), ("Run", run), ("Override", f"{run} train.epochs=2"),
     ]
     lines = [f"# {plan.model}: a plan that fits, with every setting that was decided and why.", "#"]
     lines += [f"# {name:<9} {text}" for name, text in rows if text]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from qlora.errors import OutputError
 from qlora.evaluation import Evaluation
+from qlora.redact import redact, redact_values
 from qlora.results.facts import (
     DataFacts,
     ModelFacts,
@@ -27,7 +29,7 @@ from qlora.units import format_bytes, format_count, format_seconds
 
 __all__ = [
     "DataFacts", "ModelFacts", "RunSummary", "Sample", "TrainingFacts", "load_report", "render_markdown",
-    "reproduce_command", "write_report",
+    "reproduce_command", "without_secrets", "write_report",
 ]
 
 _PLOTS = {
@@ -46,22 +48,29 @@ def write_report(summary: RunSummary, folder: Path) -> Path:
     """Write report.json and report.md into the run folder; return the path of report.md.
 
     Plots that are in `folder`/plots are shown. Paths are made relative and the user's home is not named, see
-    `qlora.results.facts.without_private_paths`.
+    `qlora.results.facts.without_private_paths`. Secrets are taken out, of samples as well.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    shared = without_private_paths(summary, folder)
+    shared = without_secrets(without_private_paths(summary, folder))
     document = json.dumps(shared.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     plots = [name for name in _PLOTS if (folder / "plots" / name).is_file()]
     report = folder / "report.md"
     try:
-        (folder / "report.json").write_text(document + "\n", encoding="utf-8")
         report.write_text(render_markdown(shared, plots), encoding="utf-8")
+        aside = folder / ".report.json.part"  # a folder with report.json is a finished run, so it comes last and whole
+        aside.write_text(document + "\n", encoding="utf-8")
+        os.replace(aside, folder / "report.json")
     except OSError as error:
         raise OutputError(f"The report cannot be written to {folder}: {error.strerror}.",
                           "Free space there or make it writable; the adapter is saved already.") from error
     return report
+
+
+def without_secrets(summary: RunSummary) -> RunSummary:
+    """The summary with *** for every secret in its texts, those of rows and answers as well, see `qlora.redact`."""
+    return RunSummary.from_json(redact_values(summary.to_json()))
 
 
 def load_report(folder: Path) -> RunSummary:
@@ -79,8 +88,10 @@ def load_report(folder: Path) -> RunSummary:
 
 
 def reproduce_command(recipe: str | None, overrides: Sequence[str] = ()) -> str:
-    """The command line that runs a recipe again, quoted for a shell; empty for a recipe that was built in Python."""
-    return shlex.join(["qlora", "train", recipe, *overrides]) if recipe else ""
+    """The command line that runs a recipe again, quoted for a shell, with *** for secrets; empty for a recipe that was built
+    in Python.
+    """
+    return redact(shlex.join(["qlora", "train", recipe, *overrides])) if recipe else ""
 
 
 def render_markdown(summary: RunSummary, plots: Iterable[str] = ()) -> str:
@@ -163,8 +174,9 @@ def _memory(summary: RunSummary, pictures: Sequence[str]) -> list[str]:
              "-" if found.error_percent is None else f"{found.error_percent:+.2f} %") for found in phases]
     return [
         "## Memory", table(("phase", "planned", "measured", "error"), rows),
-        f"{'RAM of the whole program' if summary.device.kind == 'cpu' else 'Tensors on the GPU'}, at the highest. The error is that "
-        "of the plan, in percent of what was measured: above 0 the plan asked for more than the run took.",
+        f"Tensors {'in RAM' if summary.device.kind == 'cpu' else 'on the GPU'} at the highest, when the longest rows were tried out"
+        f"{'' if summary.device.kind == 'cpu' else ' and in the run'}. The error is that of the plan, in percent of what was "
+        "measured: above 0 the plan asked for more than the run took.",
         *pictures,
     ]
 

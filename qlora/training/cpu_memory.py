@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from qlora import _compat
+
 _MARK = "phase: "
 _END_OF_TIME = 2**63
 
@@ -37,6 +39,7 @@ class TensorMeter:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Count all that happens inside. It must begin before the first tensor that is to be counted is made."""
+        _compat.silence_profiler()
         gc.collect()  # else old garbage that is released inside would count as less than nothing
         profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         with profiler:

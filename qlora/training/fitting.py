@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from qlora.hardware import Device
 from qlora.planning.allocator import slack_bytes
 from qlora.planning.budget import Budget, find_budget, program_bytes
 from qlora.planning.choose import Facts, choose, find_options
-from qlora.planning.plan import PARTS, Decision, Plan
+from qlora.planning.plan import PARTS, Decision, Fallback, Plan
 from qlora.planning.receipts import Margin, Receipts
 from qlora.planning.search import Candidate, Found, Options, largest_length, search
 from qlora.planning.speed import estimate_speed
@@ -107,7 +107,7 @@ def make_plan(job: Job, progress: Progress | None = None, *, look_around: bool =
 
     Args:
         look_around: also find the longest length that fits.
-        sketch: leave it at shallow models, and look for no alternatives: for tables of many models.
+        sketch: leave it at shallow models, and look for neither alternatives nor fallbacks: for tables of many models.
 
     Raises:
         QloraError: fixed values that contradict each other, a budget below what a card takes for itself, a model that the
@@ -130,11 +130,13 @@ def make_plan(job: Job, progress: Progress | None = None, *, look_around: bool =
     speed = estimate_speed(job.architecture, settings, job.device, receipts)
     longest = _longest(simulator, options, found, room, job.architecture.max_positions) if look_around else None
     alternatives = () if found.fits or sketch else find_alternatives(job, simulator, options, room)
+    parts = _parts(whole, room)
+    fallbacks = _fallbacks(simulator, found.candidate, room, sum(parts.values())) if found.fits and not sketch else ()
     return Plan(
         model=job.recipe.model.base, device=job.device.name, kind=job.device.kind, budget_bytes=room.budget.bytes,
-        fits=found.fits, phases=whole.phases, parts=_parts(whole, room), reserved_bytes=whole.reserved_bytes,
+        fits=found.fits, phases=whole.phases, parts=parts, reserved_bytes=whole.reserved_bytes,
         host_peak_bytes=_host_bytes(job, simulator, whole, receipts), disk_bytes=_disk_bytes(whole.parts), decisions=decisions, num_steps=num_steps,
-        alternatives=alternatives, tokens_per_second=speed.tokens_per_second, speed_basis=speed.basis,
+        alternatives=alternatives, fallbacks=fallbacks, tokens_per_second=speed.tokens_per_second, speed_basis=speed.basis,
         notes=_notes(job, room), longest_length=longest, seconds=round(time.perf_counter() - started, 3),
     )
 
@@ -218,6 +220,33 @@ def _longest(simulator: Simulator, options: Options, found: Found, room: Room, m
     most = min(max_positions or _LONGEST_LENGTH, _LONGEST_LENGTH)
     low, high = (least.max_length, most) if found.fits else (min(_SHORTEST_LENGTH, least.max_length), least.max_length)
     return room.longest(simulator, least, low, high)
+
+
+def _fallbacks(simulator: Simulator, planned: Candidate, room: Room, peak_bytes: int) -> tuple[Fallback, ...]:
+    """What a run steps down to when memory runs short, as far as each step needs less than the one before.
+
+    Args:
+        peak_bytes: what the run needs as planned.
+    """
+    found: list[Fallback] = []
+    for candidate in _smaller(planned):
+        num_parts = -(-planned.micro_batch // candidate.micro_batch)
+        accumulation = simulator.workload.batch // planned.micro_batch * num_parts
+        # Parts of odd numbers could hold more rows than there are; simulated are as many micro-batches as there will be.
+        workload = replace(simulator.workload, batch=candidate.micro_batch * accumulation)
+        needed = room.total((simulator if workload == simulator.workload else Simulator(workload)).tensors(candidate))
+        if needed < (found[-1].peak_bytes if found else peak_bytes):
+            found.append(Fallback(candidate.micro_batch, accumulation, candidate.checkpointing, needed))
+    return tuple(found)
+
+
+def _smaller(candidate: Candidate) -> Iterator[Candidate]:
+    """Half as many rows at once, down to one; then with activations computed anew. None of that changes what is learnt."""
+    while candidate.micro_batch > 1:
+        candidate = replace(candidate, micro_batch=-(-candidate.micro_batch // 2))
+        yield candidate
+    if not candidate.checkpointing:
+        yield replace(candidate, checkpointing=True)
 
 
 def _generation_decision(num_tokens: int) -> Decision:

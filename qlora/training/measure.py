@@ -169,18 +169,19 @@ def measure_cell(cell: Cell, plan: Plan, folder: Path, *, command: str = "") -> 
 def _run(setup: Setup, meter: Any, folder: Path, rows: list[dict[str, Any]]) -> None:
     """The flow of `qlora.training.run.train`, with each phase measured by itself. `rows` receives the steps' figures."""
     from qlora.generation import answer
-    from qlora.training import run
+    from qlora.training import stages
+    from qlora.training.metrics_file import MetricsFile
 
     progress, settings = Progress(), setup.plan.settings
-    with run.MetricsFile(folder / "metrics.jsonl", progress) as metrics:
+    with MetricsFile(folder / "metrics.jsonl", progress) as metrics:
         metrics.rows = rows
         with meter.during("load"):
-            model = run.build_model(setup, progress)
-        run.verify(setup, model)
-        trainer = run.assemble(setup, model, folder, metrics)
+            model = stages.build_model(setup, progress)
+        stages.verify(setup, model)
+        trainer = stages.assemble(setup, model, folder, on_row=metrics.add)
         trainer.args.train_sampling_strategy = "sequential"  # shuffled, a batch might have no row of full length
         with meter.during("train"):
-            run.run_steps(trainer, model, setup, folder, progress)
+            trainer.train()
         with meter.during("eval"):
             trainer.measure()
         with meter.during("generate"):
@@ -189,7 +190,7 @@ def _run(setup: Setup, meter: Any, folder: Path, rows: list[dict[str, Any]]) -> 
                 tokens_per_batch=settings["memory.generation_tokens"],
             )
         with meter.during("save"):
-            run.save_adapter(model, setup, folder / "adapter")
+            stages.save_adapter(model, setup, folder / "adapter")
 
 
 def _make_setup(cell: Cell, plan: Plan, folder: Path) -> Setup:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from qlora.hardware import Device, context_bytes, peak_allocated_bytes, peak_memory_bytes, reset_peak_memory
@@ -15,6 +15,7 @@ from qlora.planning.speed import flops_per_token
 from qlora.training.fitting import allocator_name
 
 if TYPE_CHECKING:
+    from qlora.planning.plan import Plan
     from qlora.training.setup import Setup
 
 # Names of the phases as a plan has them, by the flow's own.
@@ -55,35 +56,51 @@ class MemoryMeter:
         return max((*self.reserved.values(), *(self.allocated.values() if not self.reserved else ())), default=0)
 
 
-def planned_phases(setup: Setup) -> dict[str, int]:
-    """What the plan says of that which a meter measures."""
-    plan = setup.plan
-    if plan.kind == "cpu":
-        return {PROGRAM: plan.host_peak_bytes}
-    return {phase: plan.phases[phase] for phase in dict.fromkeys(PHASE_OF.values()) if phase in plan.phases}
+def planned_phases(plan: Plan, measured: Mapping[str, int]) -> dict[str, int]:
+    """What the plan says of the phases that were measured."""
+    return {phase: plan.phases[phase] for phase in measured if phase in plan.phases}
 
 
-def make_receipt(setup: Setup, meter: MemoryMeter, tokens_per_second: float) -> Receipt:
-    """The run's line in receipts.jsonl."""
-    plan, device = setup.plan, setup.device
-    retries = 0
-    if device.kind == "cuda":
-        import torch
-
-        retries = torch.cuda.memory_stats(0).get("num_alloc_retries", 0)
-    planned = planned_phases(setup)
-    # Answers are written in the phases of evaluation, so those are held against the larger of the two.
-    if "eval" in planned:
-        planned["eval"] = max(planned["eval"], plan.phases.get("generate", 0))
-    return Receipt(
-        device=device.name, kind=device.kind, model=plan.model, planned=planned, measured=dict(meter.allocated),
-        capability=device.capability, allocator=allocator_name(device), os=platform.system(), versions=library_versions(),
-        settings={key: value for key, value in plan.settings.items() if key.partition(".")[0] in ("lora", "memory", "train")},
-        planned_reserved={"run": plan.reserved_bytes} if meter.reserved else {}, measured_reserved=dict(meter.reserved),
-        context_bytes=_beside_tensors(setup, meter), num_retries=retries, tokens_per_second=round(tokens_per_second, 1),
-        flops_per_token=flops_per_token(setup.architecture, plan.settings),
+def trial_receipt(setup: Setup, allocated: Mapping[str, int], reserved: Mapping[str, int]) -> Receipt:
+    """The line in receipts.jsonl that a trial leaves: what it planned for each phase, and what it took."""
+    measured = {phase: size for phase, size in allocated.items() if phase in setup.plan.phases}
+    return replace(
+        _receipt(setup), planned=planned_phases(setup.plan, measured), measured=measured,
+        planned_reserved={"run": setup.plan.reserved_bytes} if reserved else {},
+        measured_reserved={phase: size for phase, size in reserved.items() if phase in setup.plan.phases},
+        context_bytes=context_bytes(setup.device),
     )
 
+
+def run_receipt(setup: Setup, meter: MemoryMeter, tokens_per_second: float) -> Receipt:
+    """The line that a finished run leaves: its speed, and what it took beside its tensors; on a GPU its phases as well."""
+    plan = setup.plan
+    receipt = replace(
+        _receipt(setup), context_bytes=_beside_tensors(setup, meter), tokens_per_second=round(tokens_per_second, 1) or None,
+        flops_per_token=flops_per_token(setup.architecture, plan.settings),
+    )
+    if setup.device.kind != "cuda":
+        return receipt
+    import torch
+
+    measured = {phase: size for phase, size in meter.allocated.items() if phase in plan.phases}
+    planned = planned_phases(plan, measured)
+    # Answers are written in the phases of evaluation, so those are held against the larger of the two.
+    planned["eval"] = max(plan.phases.get("eval", 0), plan.phases.get("generate", 0))
+    return replace(
+        receipt, planned={phase: planned[phase] for phase in measured}, measured=measured,
+        planned_reserved={"run": plan.reserved_bytes}, measured_reserved=dict(meter.reserved),
+        num_retries=torch.cuda.memory_stats(0).get("num_alloc_retries", 0),
+    )
+
+
+def _receipt(setup: Setup) -> Receipt:
+    plan, device = setup.plan, setup.device
+    return Receipt(
+        device=device.name, kind=device.kind, model=plan.model, planned={}, measured={}, capability=device.capability,
+        allocator=allocator_name(device), os=platform.system(), versions=library_versions(),
+        settings={key: value for key, value in plan.settings.items() if key.partition(".")[0] in ("lora", "memory", "train")},
+    )
 
 
 def _beside_tensors(setup: Setup, meter: MemoryMeter) -> int | None:

@@ -1,33 +1,39 @@
-"""`qlora train`, top to bottom: from a recipe to an adapter, a report and, if asked, a push."""
+"""`qlora train`, top to bottom: from a recipe to an adapter, a report and, if asked, a push.
+
+A run that was broken off goes on from its newest good checkpoint, so every step here may be the first or come again.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from qlora.errors import DivergedError, HardwareError, InterruptedRun, OutputError, PushError, VerificationError
+from qlora.errors import DivergedError, InterruptedRun, OutputError, PushError
 from qlora.evaluation import Evaluation, exact_match
-from qlora.hardware import limit_memory
 from qlora.progress import Progress
 from qlora.recipe import Recipe
-from qlora.training.meter import PHASE_OF, MemoryMeter, make_receipt
-from qlora.training.setup import Setup, library_versions, prepare, refuse_what_does_not_fit
+from qlora.training.meter import planned_phases, run_receipt, trial_receipt
+from qlora.training.metrics_file import MetricsFile
+from qlora.training.preflight import check_machine, refuse, warnings
+from qlora.training.resuming import begin_again, facts_of, refuse_another_base
+from qlora.training.run_folder import find_run, open_folder
+from qlora.training.session import (
+    Clock, Session, failures_explained, how_to_go_on, lock, make_session, open_metrics, watching_memory, write_down,
+)
+from qlora.training.setup import prepare, refuse_what_does_not_fit
+from qlora.training.stages import assemble, build_model, keep_last_good, save_adapter, verify, verify_unchanged
+from qlora.training.stopping import Stopper
 from qlora.units import format_bytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from qlora.planning.receipts import Receipt
     from qlora.results.report import RunSummary
     from qlora.training.trainer import AdapterTrainer
-
-_Result = TypeVar("_Result")
-_MAX_ANSWER_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -48,320 +54,214 @@ class RunResult:
     push_error: PushError | None = None
 
 
-@dataclass
-class Clock:
-    """Seconds and memory by phase."""
+def train(recipe: Recipe, progress: Progress | None = None, *, fresh: bool = False, force: bool = False) -> RunResult:
+    """Run a recipe: plan, build, verify, try out, evaluate, train, evaluate again, save, report, push.
 
-    meter: MemoryMeter | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def time(self, phase: str, work: Callable[[], _Result]) -> _Result:
-        """Run `work`, add its duration to `phase`, and measure its memory where that is a phase of the plan."""
-        started = time.perf_counter()
-        try:
-            with self.meter.during(phase) if self.meter and phase in PHASE_OF else nullcontext():
-                return work()
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
-
-
-def train(recipe: Recipe, progress: Progress | None = None) -> RunResult:
-    """Run a recipe: plan, build, verify, evaluate, train, evaluate again, save, report, push.
+    A run folder that holds an unfinished run is gone on with, to the very numbers that it would have come to.
 
     Args:
         progress: told about each stage; left out, the run is silent.
+        fresh: start anew, beside a run that is there.
+        force: go on with an unfinished run although its settings or data have changed.
 
     Raises:
         QloraError: see `qlora.errors`; each says what to change.
     """
-    progress = progress or Progress()
-    clock = Clock()
-    setup = clock.time("prepare", lambda: prepare(recipe, progress))
-    setup.data.refuse_errors()
-    refuse_what_does_not_fit(setup.plan)
-    folder = make_run_folder(recipe)
-    write_json(folder / "resolved.json", resolved(setup))
-    write_json(folder / "plan.json", setup.plan.to_json())
-    progress.planned(setup.plan, folder)
-    clock.meter = MemoryMeter(setup.device)
+    progress, clock = progress or Progress(), Clock()
+    found = find_run(recipe, fresh=fresh)
+    with ExitStack() as held:
+        if found.unfinished:
+            lock(held, found.path, progress)
+        begun = begin_again(found.path, recipe, progress, force=force) if found.unfinished else None
+        setup = clock.time("prepare", lambda: prepare(recipe, progress, plan=begun.plan if begun else None))
+        setup.data.refuse_errors()
+        refuse_what_does_not_fit(setup.plan)
+        checks = check_machine(setup, found.path, resuming=begun is not None)
+        refuse(checks)
+        for line in warnings(checks):
+            progress.note(line)
+        if not found.unfinished:
+            open_folder(found)
+            lock(held, found.path, progress)
+        session = make_session(setup, found.path, begun, clock, progress)
+        return push(run(session), recipe, progress)
 
-    with failures_explained(setup, folder), MetricsFile(folder / "metrics.jsonl", progress) as metrics:
-        model = clock.time("load", lambda: build_model(setup, progress))
-        base_before = clock.time("verify", lambda: verify(setup, model))
-        trainer = assemble(setup, model, folder, metrics)
-        before = clock.time("evaluate before", lambda: evaluate(setup, trainer, progress, "before"))
-        clock.time("train", lambda: run_steps(trainer, model, setup, folder, progress))
-        after = clock.time("evaluate after", lambda: evaluate(setup, trainer, progress, "after"))
-        clock.time("verify", lambda: verify_unchanged(model, base_before, folder))
 
-    adapter = save_adapter(model, setup, folder / "adapter")
-    summary = write_results(setup, model, folder, metrics.rows, before, after, clock)
-    keep_receipt(setup, clock.meter, summary, progress)
-    result = RunResult(
-        folder=folder, adapter=adapter, report=folder / "report.md", summary=summary,
+def run(session: Session) -> RunResult:
+    """A run whose settings are decided and whose folder is there."""
+    setup, clock, progress = session.setup, session.clock, session.progress
+    write_down(session)
+    with failures_explained(session):
+        with watching_memory(session) as trial:
+            model = clock.time("load", lambda: build_model(setup, progress))
+            base = clock.time("verify", lambda: verify(setup, model))
+            if session.begun:
+                refuse_another_base(session.begun, base, progress)
+            clock.time("try out", lambda: try_out(session, model, trial))
+        keep_trial(session, trial)
+        with open_metrics(session) as metrics, Stopper(progress.note) as stopper:
+            trainer = assemble(setup, model, session.folder, on_row=metrics.add, ladder=session.ladder, tell=session.tell,
+                               look=stopper.look)
+            before = clock.time("evaluate before", lambda: evaluate_before(session, trainer))
+            clock.time("train", lambda: run_steps(session, trainer, metrics, stopper, base))
+        keep_the_best(session, model, metrics.rows)
+        after = clock.time("evaluate after", lambda: evaluate(session, trainer, "after"))
+        clock.time("verify", lambda: verify_unchanged(model, base, session.folder))
+        adapter = save_adapter(model, setup, session.folder / "adapter")
+    summary = write_results(session, model, metrics.rows, before, after)
+    return RunResult(
+        folder=session.folder, adapter=adapter, report=session.folder / "report.md", summary=summary,
         before=before.to_json() if before else None, after=after.to_json() if after else None,
     )
-    return push(result, recipe, progress)
 
 
-# --- the run folder ----------------------------------------------------------------------------------------------------
+# --- the stages of a session, one after the other --------------------------------------------------------------------------
 
 
-def make_run_folder(recipe: Recipe) -> Path:
-    """A folder of its own for this run. A named folder must be new or empty; an automatic one gets a number.
+def try_out(session: Session, model: PeftModel, trial: Any) -> None:
+    """The worst batch of this data goes through everything that follows."""
+    from qlora.training.probe import probe
 
-    Raises:
-        OutputError: it cannot be written, or holds another run.
-    """
-    if recipe.output.dir != "auto":
-        folder = Path(recipe.output.dir).expanduser()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise OutputError(f"output.dir {folder} is not empty, and nothing there is overwritten.",
-                              "Name a new folder, or leave output.dir out for a numbered one.")
-    else:
-        folder, number = Path("runs") / recipe.name, 1
-        while folder.exists():
-            number += 1
-            folder = Path("runs") / f"{recipe.name}-{number}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").touch()
-    except OSError as error:
-        raise OutputError(f"The run folder {folder} cannot be written: {error.strerror}.",
-                          "Set output.dir to a folder you may write to.") from error
-    return folder
+    with session.progress.stage("Trying out the longest rows"):
+        probe(session.setup, model, session.ladder, session.folder, trial, session.tell)
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Readable JSON, complete or not there at all."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+def keep_trial(session: Session, trial: Any) -> None:
+    """Hold what the trial took against the plan, and remember it, so that the margin of later plans follows."""
+    plan = session.setup.plan
+    took = {phase: size for phase, size in trial.allocated.items() if phase in plan.phases}
+    session.record.probe = {"planned": planned_phases(plan, took), "measured": took}
+    if took:
+        worst = max(took, key=took.__getitem__)
+        session.progress.note(f"The longest rows took {format_bytes(took[worst])}, in phase {worst}; planned were "
+                              f"{format_bytes(plan.phases[worst])}.")
+    if session.begun is None:
+        keep_receipt(trial_receipt(session.setup, took, trial.reserved), session.progress)
+    session.keep_record()
 
 
-def resolved(setup: Setup) -> dict[str, Any]:
-    """The recipe with every value filled in and where each came from; `qlora train` runs it again from `recipe`."""
-    return {
-        "recipe": setup.recipe.model_dump(exclude_unset=True),
-        "settings": {key: vars(decision) for key, decision in setup.plan.decisions.items()},
-        "model": {"base": setup.recipe.model.base, "revision": getattr(setup.config, "_commit_hash", None),
-                  "architecture": setup.architecture.model_type, "parameters": setup.architecture.num_parameters},
-        "data": {"files": setup.data.rowset.files, "sha256": setup.data.rowset.sha256, "fingerprint": setup.data.fingerprint},
-        "versions": library_versions(),
-    }
+def evaluate_before(session: Session, trainer: AdapterTrainer) -> Evaluation | None:
+    """How good the base is; what an earlier session found out is not measured again."""
+    if session.record.before is not None:
+        return Evaluation.from_record(session.record.before)
+    found = evaluate(session, trainer, "before")
+    session.record.before = found.to_record() if found else None
+    session.keep_record()
+    return found
 
 
-class MetricsFile:
-    """metrics.jsonl: one line for each step and evaluation, on disk as soon as it is known."""
+def evaluate(session: Session, trainer: AdapterTrainer, when: str) -> Evaluation | None:
+    """Loss and answers on the held-out rows; None where there are none."""
+    from qlora.training.stages import answers_of, held_out_loss
 
-    def __init__(self, path: Path, progress: Progress):
-        self.path, self.progress = path, progress
-        self.rows: list[dict[str, Any]] = []
-
-    def __enter__(self) -> MetricsFile:
-        self._file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep, write and show one row."""
-        self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        self.progress.row(row)
+    setup = session.setup
+    if not setup.data.validation:
+        return None
+    with session.progress.stage(f"Held-out loss {when} training") as update:
+        found = held_out_loss(trainer, update)
+    if not setup.data.samples:
+        return found
+    with session.progress.stage(f"Held-out answers {when} training") as update:
+        answers = answers_of(setup, trainer.model, session.tell, update)
+    match = exact_match(answers, [sample.reference for sample in setup.data.samples])
+    return replace(found, exact_match=match, num_answers=len(answers), answers=tuple(answers))
 
 
-# --- building ----------------------------------------------------------------------------------------------------------
-
-
-def build_model(setup: Setup, progress: Progress) -> PeftModel:
-    """The 4-bit base with fresh adapters, on the device and within the budget."""
-    from qlora.model.adapt import add_adapters
-    from qlora.model.build import build_base
-    from qlora.precision import torch_dtype
-
-    recipe, settings = setup.recipe, setup.plan.settings
-    if recipe.memory.budget != "auto":
-        limit_memory(setup.device, setup.plan.budget_bytes - setup.plan.parts["context"])
-    with progress.stage(f"Loading {recipe.model.base} in 4 bits"):
-        base = build_base(
-            setup.base, setup.config, device=setup.device, precision=setup.precision, weights=recipe.model.weights,
-            attention=settings["model.attention"], revision=recipe.model.revision,
-            trust_remote_code=recipe.model.trust_remote_code, seed=settings["train.seed"],
-        )
-    return add_adapters(
-        base, setup.selection, r=settings["lora.r"], alpha=settings["lora.alpha"], dropout=settings["lora.dropout"],
-        seed=settings["train.seed"], dtype=torch_dtype(setup.precision.adapters),
-    )
-
-
-def verify(setup: Setup, model: PeftModel) -> str:
-    """Hold what was built against the plan; return the fingerprint of the frozen base.
-
-    Raises:
-        VerificationError: counts, types or frozen state differ from the plan.
-    """
-    from qlora.model.adapt import verify_adapters
-    from qlora.model.build import fingerprint_base
-    from qlora.precision import torch_dtype
-
-    verify_adapters(
-        model, setup.selection, setup.plan.settings["lora.r"], dtype=torch_dtype(setup.precision.adapters)
-    )
-    return fingerprint_base(model)
-
-
-def verify_unchanged(model: PeftModel, fingerprint: str, folder: Path) -> None:
-    """The base after training is the base before it.
-
-    Raises:
-        VerificationError: a frozen number has changed.
-    """
-    from qlora.model.build import fingerprint_base
-
-    if fingerprint_base(model) != fingerprint:
-        raise VerificationError(
-            "The frozen base changed during training, so the adapter does not belong to it.",
-            f"This is a fault of the program: please report it with {folder / 'resolved.json'}.",
-        )
-
-
-def assemble(setup: Setup, model: PeftModel, folder: Path, metrics: MetricsFile) -> AdapterTrainer:
-    """The trainer over this run's rows."""
-    from qlora.training.packing import verify_packing
-    from qlora.training.trainer import as_dataset, build_trainer
-
-    packing = setup.plan.settings["data.packing"]
-    trainer = build_trainer(
-        model, setup.tokenizer,
-        as_dataset(setup.data.train, pack_to=setup.data.max_length if packing else None),
-        as_dataset(setup.data.validation) if setup.data.validation else None,
-        folder=folder / "checkpoints", settings=setup.plan.settings, precision=setup.precision, device=setup.device,
-        num_steps=setup.plan.num_steps, on_row=metrics.add,
-    )
-    if packing:
-        verify_packing(trainer)
-    return trainer
-
-
-def run_steps(trainer: AdapterTrainer, model: PeftModel, setup: Setup, folder: Path, progress: Progress) -> None:
-    """The training loop.
+def run_steps(session: Session, trainer: AdapterTrainer, metrics: MetricsFile, stopper: Stopper, base: str) -> None:
+    """The training loop, from the checkpoint on where there is one.
 
     Raises:
         DivergedError: a loss or gradient was not finite; the weights before that step are saved, but not as the adapter.
+        InterruptedRun: somebody asked for it; there is a checkpoint.
     """
+    from qlora.training.saving import Saver, load_adapter
+    from qlora.training.watch import MemoryWatch
+
+    setup, settings, num_steps = session.setup, session.setup.plan.settings, session.setup.plan.num_steps
+    trainer.add_callback(Saver(
+        lambda: save_checkpoint(session, trainer, metrics, base), tell=session.tell, every=settings["train.save_every"],
+        minutes=settings["train.save_minutes"], wants_to_stop=stopper.look,
+        is_best=lambda: settings["train.keep"] == "best" and best_step(metrics.rows) == trainer.state.global_step,
+    ))
+    trainer.add_callback(MemoryWatch(trainer, setup.device, lambda rung: needed_bytes(session, rung)))
+    checkpoint = session.begun.checkpoint if session.begun else None
+    trainer.row_writer.seconds_before = max((row.get("seconds", 0.0) for row in metrics.rows), default=0.0)
+    if checkpoint and checkpoint.step >= num_steps:  # the trainer would make one step more
+        load_adapter(trainer.model, checkpoint.path)
+        return
     try:
-        with progress.training(setup.plan.num_steps):
-            trainer.train()
+        with session.progress.training(num_steps):
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     except DivergedError as error:
-        raise keep_last_good(error, model, folder) from None
+        raise keep_last_good(error, trainer.model, session.folder) from None
+    if stopper.requested:
+        raise InterruptedRun(
+            f"Stopped after step {trainer.state.global_step:,} of {num_steps:,}, with a checkpoint in {session.store.folder}.",
+            how_to_go_on(setup.recipe), exit_code=stopper.exit_code,
+        )
 
 
-@contextmanager
-def failures_explained(setup: Setup, folder: Path) -> Iterator[None]:
-    """Turn running out of memory and Ctrl-C into errors that say what is there and what to do.
+def save_checkpoint(session: Session, trainer: AdapterTrainer, metrics: MetricsFile, base: str) -> None:
+    """A checkpoint of the trainer as it is now; then older ones may go, but for the best.
 
     Raises:
-        HardwareError, InterruptedRun.
+        OutputError: it cannot be written; what was there before is untouched.
     """
-    import torch
+    from qlora.training.saving import write_state
 
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        settings = setup.plan.settings
-        raise HardwareError(
-            f"{setup.device.name} ran out of memory: the plan was {format_bytes(setup.plan.peak_bytes)} of "
-            f"{format_bytes(setup.plan.budget_bytes)} for {settings['train.micro_batch']} x up to {settings['data.max_length']} tokens.",
-            "Lower train.micro_batch first (accumulation makes up for it), then data.max_length, then lora.r.",
-        ) from error
-    except KeyboardInterrupt:
-        found = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        where = f"The newest checkpoint is {found[-1]}." if found else "No checkpoint had been written yet."
-        raise InterruptedRun(f"Interrupted. {where}") from None
+    step = trainer.state.global_step
+    facts = {**facts_of(session.setup, base), "rung": session.ladder.rung, "metrics_bytes": metrics.position()}
+    session.store.write(step, lambda folder: write_state(trainer, folder), facts)
+    session.record.checkpoint = step
+    session.keep_record()
+    best = best_step(metrics.rows) if session.setup.plan.settings["train.keep"] == "best" else None
+    session.store.rotate(keep_also=() if best is None else (best,))
+
+
+def best_step(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The step with the lowest loss on held-out rows, the first of equals; None before any was measured."""
+    evaluations = [row for row in rows if "eval_loss" in row]
+    return min(evaluations, key=lambda row: row["eval_loss"])["step"] if evaluations else None
+
+
+def keep_the_best(session: Session, model: PeftModel, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Put the weights of the best evaluation into the model, where those are to be kept.
+
+    Raises:
+        ResumeError: their checkpoint is damaged.
+    """
+    from qlora.training.saving import load_adapter
+
+    best, last = best_step(rows), max((row["step"] for row in rows), default=0)
+    if session.setup.plan.settings["train.keep"] == "best" and best not in (None, last):
+        load_adapter(model, session.store.at(best).path)
+
+
+def needed_bytes(session: Session, rung: int) -> int:
+    """What the process takes at its highest on a rung, counted as free memory is: without the CUDA context on a GPU, with the
+    whole program on a CPU.
+    """
+    plan, ladder = session.setup.plan, session.ladder
+    if plan.kind == "cuda":
+        return ladder.peak_bytes_at(rung) - plan.parts["context"]
+    return plan.host_peak_bytes - (plan.peak_bytes - ladder.peak_bytes_at(rung))
 
 
 # --- judging and keeping -----------------------------------------------------------------------------------------------
 
 
-def evaluate(setup: Setup, trainer: AdapterTrainer, progress: Progress, when: str) -> Evaluation | None:
-    """Loss and answers on the held-out rows; None where there are none."""
-    from qlora.generation import answer
-
-    if not setup.data.validation:
-        return None
-    with progress.stage(f"Held-out loss {when} training") as update:
-        found = trainer.measure(progress=update)
-    samples = setup.data.samples
-    if not samples:
-        return found
-    longest = max(len(setup.tokenizer(sample.reference, add_special_tokens=False).input_ids) for sample in samples)
-    with progress.stage(f"Held-out answers {when} training") as update:
-        answers = answer(
-            trainer.model, setup.tokenizer, [sample.prompt_ids for sample in samples],
-            max_new_tokens=min(longest + 8, _MAX_ANSWER_TOKENS), stop_ids=setup.data.stop_ids, progress=update,
-            tokens_per_batch=setup.plan.settings["memory.generation_tokens"],
-        )
-    match = exact_match(answers, [sample.reference for sample in samples])
-    return replace(found, exact_match=match, num_answers=len(answers), answers=tuple(answers))
-
-
-def save_adapter(model: PeftModel, setup: Setup, folder: Path) -> Path:
-    """Adapter, tokenizer and template, as plain PEFT and Transformers files that others may read.
-
-    Raises:
-        DivergedError: the adapter holds a number that is not finite; nothing is written.
-    """
-    refuse_non_finite(model)
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    setup.tokenizer.save_pretrained(str(folder))
-    make_readable(folder)
-    return folder
-
-
-def refuse_non_finite(model: PeftModel) -> None:
-    """A broken adapter is never saved as if it were good.
-
-    Raises:
-        DivergedError: names the first weight that is not finite.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
-            raise DivergedError(f"The adapter weight {name} is not finite, so the adapter was not saved.",
-                                "The last checkpoint is intact; lower train.learning_rate and run again.")
-
-
-def make_readable(folder: Path) -> None:
-    """safetensors leaves files that only their owner may read; an adapter is there to be shared."""
-    for path in folder.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-
-
-def keep_last_good(error: DivergedError, model: PeftModel, folder: Path) -> DivergedError:
-    """Save the weights as they were before the step that failed, and say where they are."""
-    kept = folder / "checkpoints" / "last-good"
-    try:
-        refuse_non_finite(model)
-    except DivergedError:
-        return error
-    model.save_pretrained(str(kept), save_embedding_layers=False)
-    make_readable(kept)
-    return DivergedError(f"{error.problem} The weights before that step are in {kept}.", error.fix)
-
-
 def write_results(
-    setup: Setup, model: PeftModel, folder: Path, rows: list[dict[str, Any]], before: Evaluation | None,
-    after: Evaluation | None, clock: Clock,
+    session: Session, model: PeftModel, rows: list[dict[str, Any]], before: Evaluation | None, after: Evaluation | None
 ) -> RunSummary:
-    """Plots, report.md and report.json."""
+    """Plots, report.md and, as the last of all, report.json: with it the run is finished."""
     from qlora.results.plan_plots import draw_planned_measured
     from qlora.results.plots import draw_all
     from qlora.results.report import write_report
     from qlora.training.summary import summarise
 
-    summary = summarise(setup, model, folder, rows, before, after, clock.seconds, clock.meter)
+    setup, folder = session.setup, session.folder
+    summary = summarise(setup, model, folder, rows, before, after, session.clock.seconds, session.clock.meter, session.record)
+    keep_receipt(run_receipt(setup, session.clock.meter, summary.training.tokens_per_second), session.progress)
     lengths = setup.data.lengths
     draw_all(
         rows, lengths.histogram, setup.data.max_length, folder / "plots",
@@ -376,12 +276,12 @@ def write_results(
     return summary
 
 
-def keep_receipt(setup: Setup, meter: MemoryMeter, summary: RunSummary, progress: Progress) -> None:
+def keep_receipt(receipt: Receipt, progress: Progress) -> None:
     """Remember planned and measured, so that the margin of later plans follows. A run is not lost for it."""
     from qlora.planning.receipts import Receipts
 
     try:
-        Receipts.load().add(make_receipt(setup, meter, summary.training.tokens_per_second))
+        Receipts.load().add(receipt)
     except OutputError as error:
         progress.note(str(error))
 

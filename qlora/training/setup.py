@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.architecture import Architecture, TargetSelection, describe, find_config, select_targets
@@ -11,11 +12,13 @@ from qlora.data import prepare as prepare_data
 from qlora.errors import HardwareError, ModelError, RecipeError
 from qlora.hardware import Device, find_device, gpu_is_hidden
 from qlora.model.build import load_tokenizer, locate_base, stand_in_tokenizer
+from qlora.model.safe_files import refuse_unsafe_files
 from qlora.planning.plan import Plan
 from qlora.precision import Precision, choose_precision
 from qlora.progress import Progress
 from qlora.recipe import Recipe
 from qlora.training.fitting import Job, Rows, make_plan
+from qlora.training.preflight import Check, check_before_run
 from qlora.units import format_bytes
 
 if TYPE_CHECKING:
@@ -43,13 +46,15 @@ class Setup:
 
 
 def prepare(
-    recipe: Recipe, progress: Progress | None = None, *, device: Device | None = None, look_around: bool = False
+    recipe: Recipe, progress: Progress | None = None, *, device: Device | None = None, look_around: bool = False,
+    plan: Plan | None = None,
 ) -> Setup:
     """Look at the machine, the model's config and the data, and decide every setting.
 
     Args:
         device: plan for this one, instead of the one that is here.
         look_around: also look for the longest length that fits; what is near is looked for wherever nothing fits.
+        plan: of a run that is gone on with; no new one is made.
 
     Raises:
         QloraError: the machine, model, data or recipe cannot be used; nothing has been written.
@@ -62,32 +67,35 @@ def prepare(
         progress.note(f"Running on the CPU, although there is an NVIDIA driver: {hidden}")
     precision = choose_precision(recipe.model.dtype, device)
     base, config, architecture = find_model(recipe, progress)
+    if recipe.model.weights == "pretrained" and Path(base).expanduser().is_dir():
+        refuse_unsafe_files(base)  # those of a model on the Hub are looked at when they are fetched
     selection = select_targets(architecture, recipe.lora.targets)
     tokenizer, notes = find_tokenizer(recipe, base, architecture, progress)
     data = read_data(recipe, tokenizer, architecture.max_positions, progress)
-    job = Job(recipe, device, precision, config, architecture, selection, rows_of(recipe, data))
-    plan = make_plan(job, progress, look_around=look_around)
-    check_checkpoints(plan.settings)
+    if plan is None:
+        job = Job(recipe, device, precision, config, architecture, selection, rows_of(recipe, data))
+        plan = make_plan(job, progress, look_around=look_around)
     return Setup(recipe, base, device, precision, config, architecture, tokenizer, data, selection, plan, notes)
 
 
-def check(recipe: Recipe, progress: Progress, *, data_only: bool = False) -> tuple[PreparedData, Plan | None]:
-    """What `qlora check` looks at: the recipe, the rows, the model's config, and the plan that follows. No weights.
+def check(recipe: Recipe, progress: Progress, *, data_only: bool = False) -> tuple[PreparedData, Plan | None, list[Check]]:
+    """What `qlora check` looks at: the recipe, the rows, the model's config, the plan that follows, and whether this machine
+    has what the plan needs. No weights.
 
     Args:
         data_only: leave the tokenizer and the model alone; rows and formats are checked, tokens are not counted, and
-            there is no plan.
+            there is neither a plan nor a check of the machine.
 
     Raises:
         QloraError: rows that cannot be read, a model that cannot be found.
     """
     if data_only:
-        return read_data(recipe, None, None, progress), None
+        return read_data(recipe, None, None, progress), None, []
     try:
         setup = prepare(recipe, progress)
     except ModelError as error:
         raise ModelError(error.problem, f"{error.fix}\nWithout the model, `qlora check --data-only` checks the rows.") from error
-    return setup.data, setup.plan
+    return setup.data, setup.plan, check_before_run(setup)
 
 
 def find_model(recipe: Recipe, progress: Progress) -> tuple[str, PreTrainedConfig, Architecture]:
@@ -96,6 +104,9 @@ def find_model(recipe: Recipe, progress: Progress) -> tuple[str, PreTrainedConfi
     Raises:
         ModelError: there is no such model, or it is not a causal language model.
     """
+    if recipe.model.trust_remote_code:
+        progress.note(f"model.trust_remote_code is on: Python code that comes with {recipe.model.base} is run on this machine, "
+                      "and may do whatever you may.")
     with progress.stage(f"Finding {recipe.model.base}") as update:
         base = locate_base(recipe.model.base, lambda share, text: update(round(share * 100), 100))
         config = find_config(base, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
@@ -189,21 +200,6 @@ def check_trackers(recipe: Recipe) -> None:
         if find_spec(name) is None:
             raise RecipeError(f"train.report_to names {name}, which is not installed.",
                               f"Run `pip install {name}`, or leave it out: metrics.jsonl has the same figures.")
-
-
-def check_checkpoints(settings: dict[str, Any]) -> None:
-    """`keep: best` needs a checkpoint at each evaluation.
-
-    Raises:
-        RecipeError: the two intervals do not fit.
-    """
-    evaluate, save = settings["train.eval_every"], settings["train.save_every"]
-    if settings["train.keep"] == "best" and evaluate and (not save or save % evaluate):
-        raise RecipeError(
-            f"train.keep is best, but checkpoints come every {save} steps and evaluations every {evaluate}, so the best "
-            "one would not be on disk.",
-            f"Set train.save_every to a multiple of {evaluate}, or train.keep: last.",
-        )
 
 
 def library_versions() -> dict[str, str]:

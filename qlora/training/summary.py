@@ -12,6 +12,7 @@ from qlora.evaluation import Evaluation
 from qlora.results.facts import DataFacts, ModelFacts, RunSummary, Sample, TrainingFacts
 from qlora.results.report import reproduce_command
 from qlora.training.meter import MemoryMeter, planned_phases
+from qlora.training.run_documents import RunProgress
 from qlora.training.setup import Setup, library_versions
 from qlora.units import spread
 
@@ -25,13 +26,14 @@ _NUM_SAMPLES = 3
 
 def summarise(
     setup: Setup, model: PeftModel, folder: Path, rows: Sequence[Mapping[str, Any]], before: Evaluation | None,
-    after: Evaluation | None, seconds: Mapping[str, float], meter: MemoryMeter,
+    after: Evaluation | None, seconds: Mapping[str, float], meter: MemoryMeter, record: RunProgress,
 ) -> RunSummary:
-    """Everything a report says. `rows` are the lines of metrics.jsonl."""
+    """Everything a report says. `rows` are the lines of metrics.jsonl, `record` is what was written down on the way."""
     steps = [row for row in rows if "loss" in row]
     step_seconds = sum(row["tokens"] / row["tokens_per_second"] for row in steps if row["tokens_per_second"])
     tokens = sum(row["tokens"] for row in steps)
     data, settings = setup.data, setup.plan.settings
+    measured = measured_phases(setup, meter, record)
     return RunSummary(
         name=setup.recipe.name,
         folder=str(folder),
@@ -60,10 +62,17 @@ def summarise(
         settings=setup.plan.decisions,
         device=setup.device,
         versions=library_versions(),
-        notes=notes(setup, settings),
-        planned_phases=planned_phases(setup),
-        measured_phases=dict(meter.allocated),
+        notes=(*notes(setup, settings), *record.events),
+        planned_phases=planned_phases(setup.plan, measured),
+        measured_phases=measured,
     )
+
+
+def measured_phases(setup: Setup, meter: MemoryMeter, record: RunProgress) -> dict[str, int]:
+    """Tensor memory at its highest by phase, in bytes: what the trial took, and on a GPU what the run took beside it."""
+    trial = (record.probe or {}).get("measured", {})
+    run = {phase: size for phase, size in meter.allocated.items() if phase in setup.plan.phases}
+    return {phase: max(trial.get(phase, 0), run.get(phase, 0)) for phase in setup.plan.phases if phase in trial or phase in run}
 
 
 def samples(setup: Setup, before: Evaluation | None, after: Evaluation | None) -> tuple[Sample, ...]:

@@ -1,5 +1,6 @@
-"""TRL's SFTTrainer on rows that are tokenised already, with three additions: it stops before a step that would spoil the
-weights, its validation loss is a mean over tokens, and it counts what it does. The only module that imports trl.
+"""TRL's SFTTrainer on rows that are tokenised already, with four additions: it stops before a step that would spoil the
+weights, it goes on in smaller parts when memory runs out, its validation loss is a mean over tokens, and it counts what it does.
+The only module that imports trl.
 """
 
 from __future__ import annotations
@@ -12,23 +13,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from qlora import _compat
 from qlora.errors import DivergedError
 from qlora.evaluation import Evaluation
-from qlora.hardware import Device, used_memory_bytes
+from qlora.hardware import Device
 from qlora.precision import Precision, torch_dtype
+from qlora.training.recovery import Ladder, is_out_of_memory, release, split_inputs
+from qlora.training.row_writer import RowWriter
+from qlora.training.saving import random_state, set_random_state
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+    from transformers import PreTrainedTokenizerBase
 
     from qlora.data import TokenRow
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+_CHECKPOINTING = {"use_reentrant": False}
 # fp16 loss scaling finds its scale by overflowing a few times; this many in a row is something else.
 _MAX_SKIPPED_STEPS = 20
 
@@ -47,28 +52,56 @@ def as_dataset(rows: Sequence[TokenRow], *, pack_to: int | None = None) -> Datas
 
 @dataclass
 class Step:
-    """Counters of the optimizer step under way; made anew at each step's begin."""
+    """The optimizer step under way; made anew at each step's begin.
+
+    Attributes:
+        inputs: its micro-batches so far, and `random` where the random numbers were before the first: what it takes to run it
+            once more.
+    """
 
     started: float = field(default_factory=time.perf_counter)
     tokens: int = 0
     trained_tokens: int = 0
     micro_batches: int = 0
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    random: dict[str, Any] = field(default_factory=random_state)
 
 
 class AdapterTrainer(SFTTrainer):
-    """SFTTrainer that raises DivergedError before a non-finite loss or gradient reaches the weights.
+    """SFTTrainer that raises DivergedError before a non-finite loss or gradient reaches the weights, and that answers a memory
+    error by going down its ladder and running the step once more.
 
     Args:
         on_row: called with one dict for each line of metrics.jsonl (training steps and evaluations).
         device: where the run happens; read for the memory column.
+        adapter_dtype: of the trainable weights.
+        ladder: what the run may step down to; None in a trainer that is not to be helped.
+        tell: told one line whenever something is done in smaller parts.
+        look: called before each micro-batch and each batch of evaluation.
+
+    Attributes:
+        may_step_down: off where a memory error is answered by the caller.
     """
 
-    def __init__(self, *args: Any, on_row: Callable[[dict[str, Any]], None], device: Device, **kwargs: Any):
+    def __init__(
+        self, *args: Any, on_row: Callable[[dict[str, Any]], None], device: Device, adapter_dtype: torch.dtype,
+        ladder: Ladder | None = None, tell: Callable[[str], None] = lambda line: None,
+        look: Callable[[], Any] = lambda: None, **kwargs: Any,
+    ):
         self.step = Step()
+        self.adapter_dtype = adapter_dtype
+        self.ladder, self.tell, self.look = ladder, tell, look
+        self.may_step_down = True
         self._skipped_steps = 0
+        self._parts_in_evaluation = 1
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_RowWriter(self, on_row, device))
+        self.row_writer = RowWriter(self, on_row, device)
+        self.add_callback(self.row_writer)
+
+    def begin_step(self) -> None:
+        """A new optimizer step begins."""
+        self.step = Step()
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
@@ -89,9 +122,70 @@ class AdapterTrainer(SFTTrainer):
                 )
         return loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch forward and backward; the gradient so far is checked before anything uses it."""
-        loss = super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One micro-batch forward and backward, in as many parts as the ladder says; the loss is a sum over tokens divided by
+        the step's, so parts add up to the whole.
+
+        When memory runs out, the step is run from its beginning with the ladder's next rung: gradients are dropped, random
+        numbers put back, and the micro-batches that had been done are done once more.
+
+        Raises:
+            HardwareError: memory ran out on the last rung too.
+            DivergedError: the loss or the gradient so far is not finite.
+        """
+        self.look()
+        self.step.inputs.append(inputs)
+        waiting = [inputs]
+        while True:
+            try:
+                for each in waiting:
+                    loss = self._learn(model, each, num_items_in_batch)
+                return loss
+            except (RuntimeError, MemoryError) as error:
+                if self.ladder is None or not self.may_step_down or not is_out_of_memory(error):
+                    raise
+                release(error)
+            self.step_down(f"in step {self.state.global_step + 1}")
+            self._go_back_to_the_beginning_of_the_step()
+            waiting = list(self.step.inputs)
+
+    def step_down(self, where: str) -> None:
+        """To the ladder's next rung.
+
+        Raises:
+            HardwareError: there is none.
+        """
+        self.tell(self.ladder.step_down(where))
+        self.apply_rung()
+
+    def go_to_rung(self, rung: int, why: str) -> None:
+        """To a lower rung of the ladder, in time."""
+        self.tell(self.ladder.go_to(rung, why))
+        self.apply_rung()
+
+    def apply_rung(self) -> None:
+        """Do as the ladder says from now on. Parts of a micro-batch are asked for at each one; this is for the rest."""
+        if self.ladder.checkpointing and not self.args.gradient_checkpointing:
+            self.args.gradient_checkpointing = True  # or train() would not switch it on
+            self.args.gradient_checkpointing_kwargs = dict(_CHECKPOINTING)
+            self.model.gradient_checkpointing_enable(dict(_CHECKPOINTING))
+
+    def _go_back_to_the_beginning_of_the_step(self) -> None:
+        self.model.zero_grad()
+        set_random_state(self.step.random)
+        self.step.tokens = self.step.trained_tokens = self.step.micro_batches = 0
+
+    def _learn(self, model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> torch.Tensor:
+        parts = split_inputs(inputs, self.ladder.num_parts) if self.ladder else [inputs]
+        return sum(self._forward_backward(model, part, num_items) for part in parts)
+
+    def _forward_backward(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """The trainer's own step; the gradient so far is checked before anything uses it."""
+        loss = super().training_step(model, inputs, num_items)
         if self.accelerator.scaler is None and not self._gradient_is_finite():
             bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
             raise DivergedError(
@@ -139,14 +233,34 @@ class AdapterTrainer(SFTTrainer):
         self.model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             for done, inputs in enumerate(loader, 1):
+                self.look()
                 num_tokens += int((inputs["labels"][:, 1:] != -100).sum())
-                # With a count of one the "mean" is the sum over the batch's tokens.
-                one = torch.ones((), device=inputs["labels"].device)
-                total += self.compute_loss(self.model, dict(inputs), num_items_in_batch=one).item()
+                total += self._summed_loss(dict(inputs))
                 if progress:
                     progress(done, len(loader))
         self.model.train(was_training)
         return Evaluation(loss=total / max(1, num_tokens), num_tokens=num_tokens)
+
+    def _summed_loss(self, inputs: dict[str, Any]) -> float:
+        """The loss summed over the tokens of a batch; in parts where memory runs out. Training is not touched by that."""
+        while True:
+            try:
+                # With a count of one the "mean" is the sum over the batch's tokens.
+                one = torch.ones((), device=inputs["labels"].device)
+                parts = split_inputs(inputs, self._parts_in_evaluation) if self._parts_in_evaluation > 1 else [inputs]
+                return sum(self.compute_loss(self.model, part, num_items_in_batch=one).item() for part in parts)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(split_inputs(inputs, 2 * self._parts_in_evaluation)) <= len(parts):
+                    raise
+                release(error)
+            self._parts_in_evaluation *= 2
+            self.tell(f"Memory ran out in evaluation; it goes on with batches in {self._parts_in_evaluation} parts. "
+                      "Training is not touched by that.")
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As the trainer does; after a resume the adapters are of the run's own type again."""
+        _compat.restore_adapter_dtype(self.model, self.adapter_dtype)
+        return super().create_optimizer(*args, **kwargs)
 
     def _gradient_is_finite(self) -> bool:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -167,49 +281,6 @@ class AdapterTrainer(SFTTrainer):
         return f"Lower train.learning_rate (now {rate:g}; try {rate / 3:.1g}) or raise train.warmup, and run again."
 
 
-class _RowWriter(TrainerCallback):
-    """Turns the trainer's events into the lines of metrics.jsonl."""
-
-    def __init__(self, trainer: AdapterTrainer, on_row: Callable[[dict[str, Any]], None], device: Device):
-        self.trainer, self.on_row, self.device = trainer, on_row, device
-        self.began = time.perf_counter()
-        self.last_step_seconds = 0.0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.began = time.perf_counter()
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.step = Step()
-
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.count_skipped_step()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.last_step_seconds = time.perf_counter() - self.trainer.step.started
-        if state.global_step >= state.max_steps and args.eval_strategy != "no":
-            control.should_evaluate = True  # so that the last step can be the best one
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-        logs: Mapping[str, float] | None = None, **_: Any,
-    ) -> None:
-        logs = logs or {}
-        row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
-        if "loss" in logs:
-            step = self.trainer.step
-            row.update(
-                loss=logs["loss"], grad_norm=logs.get("grad_norm"), learning_rate=logs.get("learning_rate"),
-                token_accuracy=logs.get("mean_token_accuracy"), tokens=step.tokens, trained_tokens=step.trained_tokens,
-                tokens_per_second=round(step.tokens / max(1e-9, self.last_step_seconds), 1),
-                seconds=round(time.perf_counter() - self.began, 3), memory_bytes=used_memory_bytes(self.device),
-            )
-        elif "eval_loss" in logs:
-            row.update({key: logs[key] for key in ("eval_loss", "eval_perplexity", "eval_tokens")})
-        else:
-            return
-        self.on_row(row)
-
-
 def build_trainer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -221,17 +292,19 @@ def build_trainer(
     precision: Precision,
     device: Device,
     num_steps: int,
-    on_row: Callable[[dict[str, Any]], None],
-    callbacks: Sequence[TrainerCallback] = (),
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    ladder: Ladder | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+    look: Callable[[], Any] = lambda: None,
 ) -> AdapterTrainer:
-    """A trainer that is ready to evaluate and to train.
+    """A trainer that is ready to evaluate and to train. It writes nothing by itself.
 
     Args:
-        folder: where checkpoints go.
+        folder: where the trainer believes that its output goes.
         settings: decided values by dotted name, as in `Plan.settings`.
+        on_row, ladder, tell, look: see `AdapterTrainer`.
     """
-    every = {"eval": settings["train.eval_every"] if validation is not None else 0, "save": settings["train.save_every"]}
-    keep_best = settings["train.keep"] == "best" and every["eval"] > 0 and every["save"] > 0
+    eval_every = settings["train.eval_every"] if validation is not None else 0
     config = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=settings["train.micro_batch"],
@@ -250,17 +323,12 @@ def build_trainer(
         bf16=precision.autocast and precision.compute == "bf16",
         fp16=precision.autocast and precision.compute == "fp16",
         gradient_checkpointing=bool(settings["memory.checkpointing"]),
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings["memory.checkpointing"] else None,
+        gradient_checkpointing_kwargs=dict(_CHECKPOINTING) if settings["memory.checkpointing"] else None,
         use_cpu=device.kind == "cpu",
         dataloader_pin_memory=device.kind == "cuda",
-        eval_strategy="steps" if every["eval"] else "no",
-        eval_steps=every["eval"] or None,
-        save_strategy="steps" if every["save"] else "no",
-        save_steps=every["save"] or 500,
-        save_total_limit=2,
-        load_best_model_at_end=keep_best,
-        metric_for_best_model="eval_loss" if every["eval"] else None,
-        greater_is_better=False if every["eval"] else None,
+        eval_strategy="steps" if eval_every else "no",
+        eval_steps=eval_every or None,
+        save_strategy="no",  # see qlora.training.saving
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,  # the filter logs a NaN loss as 0.0
@@ -275,9 +343,11 @@ def build_trainer(
     )
     trainer = AdapterTrainer(
         model=model, args=config, train_dataset=train, eval_dataset=validation, processing_class=tokenizer,
-        callbacks=list(callbacks), on_row=on_row, device=device,
+        on_row=on_row, device=device, adapter_dtype=torch_dtype(precision.adapters), ladder=ladder, tell=tell, look=look,
     )
-    _compat.restore_adapter_dtype(trainer.model, torch_dtype(precision.adapters))
+    _compat.restore_adapter_dtype(trainer.model, trainer.adapter_dtype)
+    if ladder is not None:
+        trainer.apply_rung()
     return trainer
 
 

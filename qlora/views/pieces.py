@@ -8,6 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from qlora.redact import redact
+
 
 def make_table(*columns: str, gap: int = 2, right: Iterable[str] = ()) -> Table:
     """A table without lines. Columns named in `right` hold numbers; without any title there is no head."""
@@ -28,4 +30,4 @@ def shown(value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, (list, tuple)):
         return ", ".join(shown(item) for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else redact(str(value))

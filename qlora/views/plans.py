@@ -123,11 +123,24 @@ def _cost(plan: Plan) -> Table:
         rows.append(("speed", f"about {plan.tokens_per_second:,.0f} tokens/s{basis}"))
     if plan.longest_length is not None:
         rows.append(("longest rows", f"{plan.longest_length:,} tokens fit at most, one row at a time, activations computed anew"))
+    if plan.fallbacks:
+        rows.append(("if memory runs short", _fallbacks(plan)))
     if plan.seconds:
         rows.append(("planned in", format_seconds(plan.seconds)))
     for name, text in rows:
         table.add_row(name, Text(text))
     return table
+
+
+def _fallbacks(plan: Plan) -> str:
+    """'2 x 8 rows (5.10 GiB), then 1 x 16 (3.90 GiB), then with checkpointing (3.20 GiB)'."""
+    texts, rows_before = [], plan.settings.get("train.micro_batch")
+    for step in plan.fallbacks:
+        rows = f"{step.micro_batch} x {step.accumulation}{'' if texts else ' rows'}"
+        name = "with checkpointing" if step.micro_batch == rows_before else rows
+        texts.append(f"{name} ({format_bytes(step.peak_bytes)})")
+        rows_before = step.micro_batch
+    return ", then ".join(texts)
 
 
 def _alternatives(plan: Plan) -> list[RenderableType]:

@@ -1,0 +1,159 @@
+"""Try the plan out before the long run: the worst batch that this very data can make goes through everything a run does.
+
+Two optimizer steps, a batch of evaluation, a batch of answers and a checkpoint, under the cap of the plan. Afterwards weights and
+random numbers are what they were, so a run that was tried out equals one that was not, to the last bit.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import safetensors.torch
+import torch
+
+from qlora.errors import DivergedError
+from qlora.generation import answer, rows_at_once
+from qlora.training.recovery import Ladder, is_out_of_memory, release
+from qlora.training.saving import random_state, set_random_state, write_state
+from qlora.training.trainer import AdapterTrainer, as_dataset, build_trainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+
+    from qlora.data import TokenRow
+    from qlora.training.setup import Setup
+
+NUM_STEPS = 2  # optimizer state is there from the second on
+_NUM_MICRO_BATCHES = 2  # gradients are there from the second on
+_MAX_ANSWER_TOKENS = 256
+_WRITTEN_TOKENS = 2  # the prompt is made longer by the rest of an answer, instead of writing it word by word
+
+
+class Meter(Protocol):
+    """`qlora.training.meter.MemoryMeter`, or what measures in its place on a CPU."""
+
+    def during(self, phase: str) -> AbstractContextManager[None]: ...
+
+
+def probe(setup: Setup, model: PeftModel, ladder: Ladder, folder: Path, meter: Meter, tell: Callable[[str], None]) -> None:
+    """Go through everything with the longest rows, one rung of the ladder lower each time that memory runs out.
+
+    Phases are measured by their plain names as planned, and as "train@1" and so on, on lower rungs.
+
+    Args:
+        folder: the run folder; what is written there is removed again.
+
+    Raises:
+        HardwareError: memory runs out on the last rung too.
+        OutputError, OSError: the checkpoint cannot be written.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = safetensors.torch.save({name: p.data for name, p in trainable.items()})  # bytes: no tensors that would be measured
+    state, was_training, start = random_state(), model.training, ladder.rung
+    try:
+        while True:
+            rung = ladder.rung
+            try:
+                _go_through(setup, model, ladder, folder, lambda phase: meter.during(phase if rung == start else f"{phase}@{rung}"))
+            except DivergedError:
+                return  # training will meet it, and say in which step
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                release(error)
+            else:
+                return
+            tell(ladder.step_down("on the longest rows, which are tried out first"))
+    finally:
+        model.zero_grad()
+        for name, tensor in safetensors.torch.load(weights).items():
+            trainable[name].data.copy_(tensor)
+        model.train(was_training)
+        gc.collect()
+        if setup.device.kind == "cuda":
+            torch.cuda.empty_cache()
+        set_random_state(state)
+
+
+def _go_through(
+    setup: Setup, model: PeftModel, ladder: Ladder, folder: Path, during: Callable[[str], AbstractContextManager[None]]
+) -> None:
+    scratch = folder / ".trial"
+    with during("train"):
+        trainer = _trainer(setup, model, ladder, folder)
+        trainer.train()
+    try:
+        if setup.data.validation:
+            with during("eval"):
+                trainer.measure(as_dataset(longest(setup.data.validation, setup.plan.settings["train.micro_batch"])))
+        if setup.data.samples:
+            with during("generate"):
+                _generate(setup, model)
+        with during("save"):
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            write_state(trainer, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the run's own trainer wraps it again
+        trainer.accelerator.free_memory()
+
+
+def _trainer(setup: Setup, model: PeftModel, ladder: Ladder, folder: Path) -> AdapterTrainer:
+    """The run's own trainer, over the worst batch again and again. At a learning rate of 0 nothing can get out of hand."""
+    settings = setup.plan.settings
+    accumulation = min(_NUM_MICRO_BATCHES, settings["train.accumulation"])
+    trainer = build_trainer(
+        model, setup.tokenizer, _worst_batches(setup, NUM_STEPS * accumulation), None, folder=folder, ladder=ladder,
+        settings={**settings, "train.accumulation": accumulation, "train.max_steps": NUM_STEPS, "train.epochs": 1,
+                  "train.learning_rate": 0.0, "train.eval_every": 0, "train.report_to": ()},
+        precision=setup.precision, device=setup.device, num_steps=NUM_STEPS,
+    )
+    trainer.may_step_down = False  # a lower rung is tried from the beginning
+    trainer.args.train_sampling_strategy = "sequential"  # shuffled, a batch might have the longest row several times
+    return trainer
+
+
+def _worst_batches(setup: Setup, count: int) -> Dataset:
+    """A micro-batch of the longest rows, or of the fullest packs, `count` times."""
+    settings, rows = setup.plan.settings, setup.data.train
+    if not settings["data.packing"]:
+        return as_dataset(longest(rows, settings["train.micro_batch"]) * count)
+    packs = as_dataset(rows, pack_to=setup.data.max_length)
+    lengths = [len(ids) for ids in packs["input_ids"]]
+    fullest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[: settings["train.micro_batch"]]
+    return packs.select(fullest * count)
+
+
+def longest(rows: Sequence[TokenRow], count: int) -> list[TokenRow]:
+    """The `count` longest rows; some of them twice where there are not so many."""
+    ranked = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+    return [ranked[i % len(ranked)] for i in range(count)]
+
+
+def answer_tokens(setup: Setup) -> int:
+    """How long the answers are that a run writes: as the longest reference, and a little more."""
+    references = (setup.tokenizer(sample.reference, add_special_tokens=False).input_ids for sample in setup.data.samples)
+    return min(max(map(len, references)) + 8, _MAX_ANSWER_TOKENS)
+
+
+def _generate(setup: Setup, model: PeftModel) -> None:
+    """A batch of the longest prompts, each as long as it is when its answer is almost written."""
+    tokens, num_new = setup.plan.settings["memory.generation_tokens"], answer_tokens(setup)
+    prompts: list[list[int]] = sorted((sample.prompt_ids for sample in setup.data.samples), key=len, reverse=True)
+    rows = min(len(prompts), rows_at_once(len(prompts[0]), num_new, tokens))
+    written = min(_WRITTEN_TOKENS, num_new)
+    grown = [_grow(prompt, len(prompts[0]) + num_new - written) for prompt in prompts[:rows]]
+    arguments: dict[str, Any] = {"max_new_tokens": written, "stop_ids": [], "tokens_per_batch": tokens}
+    answer(model, setup.tokenizer, grown, **arguments)
+
+
+def _grow(prompt: Sequence[int], length: int) -> list[int]:
+    """The prompt again and again, to that length."""
+    return (list(prompt) * (length // len(prompt) + 1))[:length]

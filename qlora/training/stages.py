@@ -1,0 +1,180 @@
+"""The stages of a run, one function each: build, verify, assemble, judge, keep."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora.errors import DivergedError, OutputError, VerificationError
+from qlora.evaluation import Evaluation
+from qlora.hardware import limit_memory
+from qlora.progress import Progress
+from qlora.training.setup import Setup
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qlora.training.trainer import AdapterTrainer
+
+
+def build_model(setup: Setup, progress: Progress) -> PeftModel:
+    """The 4-bit base with fresh adapters, on the device and within the budget."""
+    from qlora.model.adapt import add_adapters
+    from qlora.model.build import build_base
+    from qlora.model.exact import make_exact
+    from qlora.precision import torch_dtype
+
+    recipe, settings = setup.recipe, setup.plan.settings
+    limit_memory(setup.device, setup.plan.budget_bytes - setup.plan.parts["context"])
+    with progress.stage(f"Loading {recipe.model.base} in 4 bits"):
+        base = build_base(
+            setup.base, setup.config, device=setup.device, precision=setup.precision, weights=recipe.model.weights,
+            attention=settings["model.attention"], revision=recipe.model.revision,
+            trust_remote_code=recipe.model.trust_remote_code, seed=settings["train.seed"],
+        )
+    model = add_adapters(
+        base, setup.selection, r=settings["lora.r"], alpha=settings["lora.alpha"], dropout=settings["lora.dropout"],
+        seed=settings["train.seed"], dtype=torch_dtype(setup.precision.adapters),
+    )
+    if setup.device.kind == "cpu" and setup.precision.compute == "fp32":
+        make_exact(model)
+    return model
+
+
+def verify(setup: Setup, model: PeftModel) -> str:
+    """Hold what was built against the plan; return the fingerprint of the frozen base.
+
+    Raises:
+        VerificationError: counts, types or frozen state differ from the plan.
+    """
+    from qlora.model.adapt import verify_adapters
+    from qlora.model.build import fingerprint_base
+    from qlora.precision import torch_dtype
+
+    verify_adapters(
+        model, setup.selection, setup.plan.settings["lora.r"], dtype=torch_dtype(setup.precision.adapters)
+    )
+    return fingerprint_base(model)
+
+
+def verify_unchanged(model: PeftModel, fingerprint: str, folder: Path) -> None:
+    """The base after training is the base before it.
+
+    Raises:
+        VerificationError: a frozen number has changed.
+    """
+    from qlora.model.build import fingerprint_base
+
+    if fingerprint_base(model) != fingerprint:
+        raise VerificationError(
+            "The frozen base changed during training, so the adapter does not belong to it.",
+            f"This is a fault of the program: please report it with {folder / 'resolved.json'}.",
+        )
+
+
+def assemble(setup: Setup, model: PeftModel, folder: Path, **hooks: Any) -> AdapterTrainer:
+    """The trainer over this run's rows.
+
+    Args:
+        hooks: on_row, ladder, tell and look, see `qlora.training.trainer.AdapterTrainer`.
+
+    Raises:
+        RecipeError: packed rows would see each other in this model.
+    """
+    from qlora.training.packing import verify_packing
+    from qlora.training.trainer import as_dataset, build_trainer
+
+    packing = setup.plan.settings["data.packing"]
+    trainer = build_trainer(
+        model, setup.tokenizer,
+        as_dataset(setup.data.train, pack_to=setup.data.max_length if packing else None),
+        as_dataset(setup.data.validation) if setup.data.validation else None,
+        folder=folder / "checkpoints", settings=setup.plan.settings, precision=setup.precision, device=setup.device,
+        num_steps=setup.plan.num_steps, **hooks,
+    )
+    if packing:
+        verify_packing(trainer)
+    return trainer
+
+
+def held_out_loss(trainer: AdapterTrainer, progress: Callable[[int, int], None]) -> Evaluation:
+    """Mean loss over the tokens of the held-out rows."""
+    return trainer.measure(progress=progress)
+
+
+def answers_of(
+    setup: Setup, model: PeftModel, tell: Callable[[str], None], progress: Callable[[int, int], None]
+) -> list[str]:
+    """Greedy answers to the sampled held-out rows, in smaller batches where memory runs out."""
+    from qlora.generation import answer
+    from qlora.training.probe import answer_tokens
+    from qlora.training.recovery import is_out_of_memory, release
+
+    tokens = setup.plan.settings["memory.generation_tokens"]
+    while True:
+        try:
+            return answer(
+                model, setup.tokenizer, [sample.prompt_ids for sample in setup.data.samples],
+                max_new_tokens=answer_tokens(setup), stop_ids=setup.data.stop_ids, progress=progress, tokens_per_batch=tokens,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or tokens == 0:
+                raise
+            release(error)
+        tokens = tokens // 2 if tokens > _LEAST_TOKENS else 0  # 0 is one row at a time
+        tell(f"Memory ran out while answers were written; the batches get smaller: {tokens or 'one row'}"
+             f"{' tokens' if tokens else ''} at a time. Training is not touched by that.")
+
+
+_LEAST_TOKENS = 512
+
+
+def save_adapter(model: PeftModel, setup: Setup, folder: Path) -> Path:
+    """Adapter, tokenizer and template, as plain PEFT and Transformers files that others may read: all of them, or none.
+
+    Raises:
+        DivergedError: the adapter holds a number that is not finite; nothing is written.
+        OutputError: it cannot be written.
+    """
+    from qlora.training.saving import refuse_non_finite, save_adapter_files
+
+    refuse_non_finite(model)
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        save_adapter_files(model, aside)
+        setup.tokenizer.save_pretrained(str(aside))
+        make_readable(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OutputError(
+            f"The adapter cannot be written to {folder}: {error.strerror or error}. "
+            f"{shutil.disk_usage(folder.parent).free:,} bytes are free there.",
+            "Free some space, then run the same command again: it goes on from the last checkpoint.",
+        ) from error
+    return folder
+
+
+def make_readable(folder: Path) -> None:
+    """safetensors leaves files that only their owner may read; an adapter is there to be shared."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def keep_last_good(error: DivergedError, model: PeftModel, folder: Path) -> DivergedError:
+    """Save the weights as they were before the step that failed, and say where they are."""
+    from qlora.training.saving import refuse_non_finite
+
+    kept = folder / "checkpoints" / "last-good"
+    try:
+        refuse_non_finite(model)
+    except DivergedError:
+        return error
+    model.save_pretrained(str(kept), save_embedding_layers=False)
+    make_readable(kept)
+    return DivergedError(f"{error.problem} The weights before that step are in {kept}.", error.fix)

@@ -30,19 +30,33 @@ _Result = TypeVar("_Result")
 
 @dataclass
 class Clock:
-    """Seconds and memory by phase."""
+    """Seconds and memory by phase.
+
+    Attributes:
+        seconds: of the phases that have ended.
+    """
 
     meter: MemoryMeter | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    _running: tuple[str, float] | None = None
 
     def time(self, phase: str, work: Callable[[], _Result]) -> _Result:
         """Run `work`, add its duration to `phase`, and measure its memory where that is a phase of the plan."""
         started = time.perf_counter()
+        self._running = phase, started
         try:
             with self.meter.during(phase) if self.meter and phase in PHASE_OF else nullcontext():
                 return work()
         finally:
+            self._running = None
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds by phase, with what the one under way has taken up to now."""
+        if self._running is None:
+            return dict(self.seconds)
+        phase, started = self._running
+        return {**self.seconds, phase: self.seconds.get(phase, 0.0) + time.perf_counter() - started}
 
 
 @dataclass
@@ -77,7 +91,7 @@ class Session:
         Raises:
             OutputError: it cannot be written.
         """
-        self.record.seconds = dict(self.clock.seconds)
+        self.record.seconds = self.clock.so_far()
         self.record.save()
 
 
@@ -124,8 +138,8 @@ def write_down(session: Session) -> None:
     if session.begun is None or session.begun.plan is None:
         write_json(session.folder / "resolved.json", resolved(session.setup))
         write_json(session.folder / "plan.json", session.setup.plan.to_json())
+        session.progress.planned(session.setup.plan, session.folder)
     session.keep_record()
-    session.progress.planned(session.setup.plan, session.folder)
 
 
 def resolved(setup: Setup) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import safetensors.torch
 import torch
@@ -20,6 +20,7 @@ from qlora.errors import DivergedError
 from qlora.generation import answer, rows_at_once
 from qlora.training.recovery import Ladder, is_out_of_memory, release
 from qlora.training.saving import random_state, set_random_state, write_state
+from qlora.training.stages import in_smaller_batches
 from qlora.training.trainer import AdapterTrainer, as_dataset, build_trainer
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Meter(Protocol):
 def probe(setup: Setup, model: PeftModel, ladder: Ladder, folder: Path, meter: Meter, tell: Callable[[str], None]) -> None:
     """Go through everything with the longest rows, one rung of the ladder lower each time that memory runs out.
 
-    Phases are measured by their plain names as planned, and as "train@1" and so on, on lower rungs.
+    Phases are measured by their plain names as planned, and as "train@1" and so on on lower rungs.
 
     Args:
         folder: the run folder; what is written there is removed again.
@@ -55,12 +56,14 @@ def probe(setup: Setup, model: PeftModel, ladder: Ladder, folder: Path, meter: M
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = safetensors.torch.save({name: p.data for name, p in trainable.items()})  # bytes: no tensors that would be measured
-    state, was_training, start = random_state(), model.training, ladder.rung
+    state, was_training = random_state(), model.training
     try:
         while True:
             rung = ladder.rung
             try:
-                _go_through(setup, model, ladder, folder, lambda phase: meter.during(phase if rung == start else f"{phase}@{rung}"))
+                _go_through(
+                    setup, model, ladder, folder, lambda phase: meter.during(f"{phase}@{rung}" if rung else phase), tell
+                )
             except DivergedError:
                 return  # training will meet it, and say in which step
             except (RuntimeError, MemoryError) as error:
@@ -82,7 +85,8 @@ def probe(setup: Setup, model: PeftModel, ladder: Ladder, folder: Path, meter: M
 
 
 def _go_through(
-    setup: Setup, model: PeftModel, ladder: Ladder, folder: Path, during: Callable[[str], AbstractContextManager[None]]
+    setup: Setup, model: PeftModel, ladder: Ladder, folder: Path, during: Callable[[str], AbstractContextManager[None]],
+    tell: Callable[[str], None],
 ) -> None:
     scratch = folder / ".trial"
     with during("train"):
@@ -94,7 +98,7 @@ def _go_through(
                 trainer.measure(as_dataset(longest(setup.data.validation, setup.plan.settings["train.micro_batch"])))
         if setup.data.samples:
             with during("generate"):
-                _generate(setup, model)
+                _generate(setup, model, tell)
         with during("save"):
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
@@ -143,15 +147,18 @@ def answer_tokens(setup: Setup) -> int:
     return min(max(map(len, references)) + 8, _MAX_ANSWER_TOKENS)
 
 
-def _generate(setup: Setup, model: PeftModel) -> None:
+def _generate(setup: Setup, model: PeftModel, tell: Callable[[str], None]) -> None:
     """A batch of the longest prompts, each as long as it is when its answer is almost written."""
-    tokens, num_new = setup.plan.settings["memory.generation_tokens"], answer_tokens(setup)
-    prompts: list[list[int]] = sorted((sample.prompt_ids for sample in setup.data.samples), key=len, reverse=True)
-    rows = min(len(prompts), rows_at_once(len(prompts[0]), num_new, tokens))
+    num_new = answer_tokens(setup)
     written = min(_WRITTEN_TOKENS, num_new)
-    grown = [_grow(prompt, len(prompts[0]) + num_new - written) for prompt in prompts[:rows]]
-    arguments: dict[str, Any] = {"max_new_tokens": written, "stop_ids": [], "tokens_per_batch": tokens}
-    answer(model, setup.tokenizer, grown, **arguments)
+    prompts = sorted((sample.prompt_ids for sample in setup.data.samples), key=len, reverse=True)
+    length = len(prompts[0])
+
+    def attempt(num_tokens: int) -> list[str]:
+        grown = [_grow(prompt, length + num_new - written) for prompt in prompts[: rows_at_once(length, num_new, num_tokens)]]
+        return answer(model, setup.tokenizer, grown, max_new_tokens=written, stop_ids=[], tokens_per_batch=num_tokens)
+
+    in_smaller_batches(attempt, setup.plan.settings["memory.generation_tokens"], tell)
 
 
 def _grow(prompt: Sequence[int], length: int) -> list[int]:

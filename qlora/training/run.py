@@ -99,7 +99,8 @@ def run(session: Session) -> RunResult:
                 refuse_another_base(session.begun, base, progress)
             clock.time("try out", lambda: try_out(session, model, trial))
         keep_trial(session, trial)
-        with open_metrics(session) as metrics, Stopper(progress.note) as stopper:
+        with open_metrics(session) as metrics:
+            stopper = Stopper(progress.note)
             trainer = assemble(setup, model, session.folder, on_row=metrics.add, ladder=session.ladder, tell=session.tell,
                                look=stopper.look)
             before = clock.time("evaluate before", lambda: evaluate_before(session, trainer))
@@ -130,12 +131,12 @@ def keep_trial(session: Session, trial: Any) -> None:
     """Hold what the trial took against the plan, and remember it, so that the margin of later plans follows."""
     plan = session.setup.plan
     took = {phase: size for phase, size in trial.allocated.items() if phase in plan.phases}
-    session.record.probe = {"planned": planned_phases(plan, took), "measured": took}
-    if took:
-        worst = max(took, key=took.__getitem__)
+    if len(took) > 1:  # on a lower rung it is not the plan that is tried out
+        session.record.probe = {"planned": planned_phases(plan, took), "measured": took}
+        worst = max((phase for phase in took if phase != "load"), key=took.__getitem__)
         session.progress.note(f"The longest rows took {format_bytes(took[worst])}, in phase {worst}; planned were "
                               f"{format_bytes(plan.phases[worst])}.")
-    if session.begun is None:
+    if session.begun is None and took:
         keep_receipt(trial_receipt(session.setup, took, trial.reserved), session.progress)
     session.keep_record()
 
@@ -190,7 +191,7 @@ def run_steps(session: Session, trainer: AdapterTrainer, metrics: MetricsFile, s
         load_adapter(trainer.model, checkpoint.path)
         return
     try:
-        with session.progress.training(num_steps):
+        with session.progress.training(num_steps), stopper:
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     except DivergedError as error:
         raise keep_last_good(error, trainer.model, session.folder) from None

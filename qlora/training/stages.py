@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora.errors import DivergedError, OutputError, VerificationError
 from qlora.evaluation import Evaluation
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from qlora.training.trainer import AdapterTrainer
+
+_Result = TypeVar("_Result")
+_LEAST_TOKENS = 512  # less than that is one row anyway
 
 
 def build_model(setup: Setup, progress: Progress) -> PeftModel:
@@ -111,25 +114,30 @@ def answers_of(
     """Greedy answers to the sampled held-out rows, in smaller batches where memory runs out."""
     from qlora.generation import answer
     from qlora.training.probe import answer_tokens
+
+    def attempt(num_tokens: int) -> list[str]:
+        return answer(
+            model, setup.tokenizer, [sample.prompt_ids for sample in setup.data.samples], max_new_tokens=answer_tokens(setup),
+            stop_ids=setup.data.stop_ids, progress=progress, tokens_per_batch=num_tokens,
+        )
+
+    return in_smaller_batches(attempt, setup.plan.settings["memory.generation_tokens"], tell)
+
+
+def in_smaller_batches(attempt: Callable[[int], _Result], num_tokens: int, tell: Callable[[str], None]) -> _Result:
+    """Write answers, `num_tokens` of prompts and answers at once; where memory runs out half as many, down to one row."""
     from qlora.training.recovery import is_out_of_memory, release
 
-    tokens = setup.plan.settings["memory.generation_tokens"]
     while True:
         try:
-            return answer(
-                model, setup.tokenizer, [sample.prompt_ids for sample in setup.data.samples],
-                max_new_tokens=answer_tokens(setup), stop_ids=setup.data.stop_ids, progress=progress, tokens_per_batch=tokens,
-            )
+            return attempt(num_tokens)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or tokens == 0:
+            if not is_out_of_memory(error) or num_tokens == 0:
                 raise
             release(error)
-        tokens = tokens // 2 if tokens > _LEAST_TOKENS else 0  # 0 is one row at a time
-        tell(f"Memory ran out while answers were written; the batches get smaller: {tokens or 'one row'}"
-             f"{' tokens' if tokens else ''} at a time. Training is not touched by that.")
-
-
-_LEAST_TOKENS = 512
+        num_tokens = num_tokens // 2 if num_tokens > _LEAST_TOKENS else 0  # 0 is one row at a time
+        tell(f"Memory ran out while answers were written; they are written {f'{num_tokens} tokens' if num_tokens else 'one'} at a "
+             "time. Training is not touched by that.")
 
 
 def save_adapter(model: PeftModel, setup: Setup, folder: Path) -> Path:

@@ -62,10 +62,16 @@ def summarise(
         settings=setup.plan.decisions,
         device=setup.device,
         versions=library_versions(),
-        notes=(*notes(setup, settings), *record.events),
+        notes=(*notes(setup, settings), *sessions(record), *record.events),
         planned_phases=planned_phases(setup.plan, measured),
         measured_phases=measured,
     )
+
+
+def sessions(record: RunProgress) -> tuple[str, ...]:
+    """That the run was not made in one go, where it was not."""
+    times = record.sessions - 1
+    return (f"The run was cut short and gone on with {'once' if times == 1 else f'{times} times'}.",) if times else ()
 
 
 def measured_phases(setup: Setup, meter: MemoryMeter, record: RunProgress) -> dict[str, int]:

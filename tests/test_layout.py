@@ -9,7 +9,7 @@ import pytest
 
 # A module may import from its own level and from those before it.
 LEVELS = [
-    ["errors", "units", "home", "redact"],
+    ["errors", "units", "home", "redact", "durable"],
     ["settings"],
     ["recipe", "progress", "evaluation"],
     ["hardware", "_compat", "data"],

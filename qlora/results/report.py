@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora.durable import write_text
 from qlora.errors import OutputError
 from qlora.evaluation import Evaluation
 from qlora.redact import redact, redact_values
@@ -59,9 +59,7 @@ def write_report(summary: RunSummary, folder: Path) -> Path:
     report = folder / "report.md"
     try:
         report.write_text(render_markdown(shared, plots), encoding="utf-8")
-        aside = folder / ".report.json.part"  # a folder with report.json is a finished run, so it comes last and whole
-        aside.write_text(document + "\n", encoding="utf-8")
-        os.replace(aside, folder / "report.json")
+        write_text(folder / "report.json", document + "\n")  # a folder with report.json is a finished run, so it comes last
     except OSError as error:
         raise OutputError(f"The report cannot be written to {folder}: {error.strerror}.",
                           "Free space there or make it writable; the adapter is saved already.") from error

@@ -12,7 +12,6 @@ checkpoint. It is no signature: whoever can write into the folder can write a ma
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qlora.durable import sync_folder
 from qlora.errors import OutputError, QloraError, ResumeError
 from qlora.units import MIB, format_bytes
 
@@ -154,7 +154,7 @@ class CheckpointStore:
     def _make_folder(self) -> None:
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
-            _sync_folder(self.folder.parent)
+            sync_folder(self.folder.parent)
 
     def _put_in_place(self, incoming: Path, step: int) -> None:
         final, outgoing = self._path(_FINAL, step), self._path(_OUTGOING, step)
@@ -168,7 +168,7 @@ class CheckpointStore:
             if replaces:
                 os.replace(outgoing, final)
             raise
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         _remove(outgoing)
 
     def _retire(self, step: int) -> None:
@@ -239,7 +239,7 @@ def _seal(folder: Path, step: int, facts: Mapping[str, Any]) -> dict[str, Any]:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
     return json.loads(text)["facts"]
 
 
@@ -364,20 +364,6 @@ def _sha256(file: BinaryIO) -> str:
     while chunk := file.read(MIB):
         digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring names in a folder to the disk. Windows opens no folders, and some network file systems cannot do it."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _shown(name: str) -> str:

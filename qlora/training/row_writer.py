@@ -21,15 +21,19 @@ class RowWriter(TrainerCallback):
 
     Attributes:
         seconds_before: training time of earlier sessions of this run.
+        takes_rate: settings were changed by force, so the checkpoint's learning rate does not count.
     """
 
     def __init__(self, trainer: AdapterTrainer, on_row: Callable[[dict[str, Any]], None], device: Device):
         self.trainer, self.on_row, self.device = trainer, on_row, device
         self.seconds_before = 0.0
+        self.takes_rate = False
         self.last_step_seconds = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.began = time.perf_counter() - self.seconds_before
+        if self.takes_rate:
+            self.trainer.take_rate()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.begin_step()

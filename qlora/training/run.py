@@ -186,6 +186,7 @@ def run_steps(session: Session, trainer: AdapterTrainer, metrics: MetricsFile, s
     ))
     trainer.add_callback(MemoryWatch(trainer, setup.device, lambda rung: needed_bytes(session, rung)))
     checkpoint = session.begun.checkpoint if session.begun else None
+    trainer.row_writer.takes_rate = session.begun is not None and session.begun.plan is None
     trainer.row_writer.seconds_before = max((row.get("seconds", 0.0) for row in metrics.rows), default=0.0)
     if checkpoint and checkpoint.step >= num_steps:  # the trainer would make one step more
         load_adapter(trainer.model, checkpoint.path)

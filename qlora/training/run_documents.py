@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from qlora.durable import write_text
 from qlora.errors import OutputError, ResumeError
 from qlora.planning.plan import Plan
 from qlora.recipe import Recipe
@@ -168,32 +167,11 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    aside = path.with_name(f".{path.name.lstrip('.')}.part")
-    text = json.dumps(redact_values(document), indent=2, ensure_ascii=False, default=str) + "\n"
     try:
-        # Names of files that are not UTF-8 reach us as lone surrogates; as \udcXX they are JSON, and read back the same.
-        with aside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _sync_folder(path.parent)
+        write_text(path, json.dumps(redact_values(document), indent=2, ensure_ascii=False, default=str) + "\n")
     except OSError as error:
-        with contextlib.suppress(OSError):  # as unwritable as the file itself
-            aside.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {error.strerror or error}.",
                           "Make room on that disk, or set output.dir to a folder you may write to.") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """A renamed file is safe once its folder is on the disk. Windows opens no folders, and keeps the order by itself."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qlora.durable import sync_folder, sync_tree
 from qlora.errors import DivergedError, OutputError, VerificationError
 from qlora.evaluation import Evaluation
 from qlora.hardware import limit_memory
@@ -156,8 +157,10 @@ def save_adapter(model: PeftModel, setup: Setup, folder: Path) -> Path:
         save_adapter_files(model, aside)
         setup.tokenizer.save_pretrained(str(aside))
         make_readable(aside)
+        sync_tree(aside)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
+        sync_folder(folder.parent)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OutputError(

@@ -248,7 +248,7 @@ class AdapterTrainer(SFTTrainer):
                 # With a count of one the "mean" is the sum over the batch's tokens.
                 one = torch.ones((), device=inputs["labels"].device)
                 parts = split_inputs(inputs, self._parts_in_evaluation) if self._parts_in_evaluation > 1 else [inputs]
-                return sum(self.compute_loss(self.model, part, num_items_in_batch=one).item() for part in parts)
+                return sum(self.compute_loss(self.model, dict(part), num_items_in_batch=one).item() for part in parts)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(split_inputs(inputs, 2 * self._parts_in_evaluation)) <= len(parts):
                     raise
@@ -261,6 +261,15 @@ class AdapterTrainer(SFTTrainer):
         """As the trainer does; after a resume the adapters are of the run's own type again."""
         _compat.restore_adapter_dtype(self.model, self.adapter_dtype)
         return super().create_optimizer(*args, **kwargs)
+
+    def take_rate(self) -> None:
+        """Learning rate and weight decay of the settings, in the place of those that a checkpoint brought with it."""
+        scheduler, groups = self.lr_scheduler, self.optimizer.param_groups
+        scheduler.base_lrs = [self.args.learning_rate] * len(groups)
+        for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"] = self.args.learning_rate
+            group["lr"] = self.args.learning_rate * factor(scheduler.last_epoch)
+        groups[0]["weight_decay"] = self.args.weight_decay  # the trainer's second group has none, whatever is set
 
     def _gradient_is_finite(self) -> bool:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -80,8 +80,11 @@ def test_a_part_of_a_pack_is_what_the_collator_makes_of_its_rows():
         expected = collate([{"input_ids": ids, "labels": labels}], [lengths])
         assert part.keys() == expected.keys() == whole.keys()
         for key, value in expected.items():
-            same = torch.equal(part[key], value) and part[key].dtype == value.dtype if torch.is_tensor(value) else part[key] == value
-            assert same, key
+            found = part[key]
+            if torch.is_tensor(value):
+                assert torch.equal(found, value) and found.dtype == value.dtype, key
+            else:
+                assert found == value, key
 
 
 def test_no_cut_of_a_pack_is_better():
@@ -131,18 +134,19 @@ def test_the_loss_of_the_parts_adds_up_to_that_of_the_whole(make, small_model):
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 B."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate 4 B."),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("CUDA error: out of memory"), RuntimeError("std::bad_alloc"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("CUDA error: out of memory"),
+    RuntimeError("std::bad_alloc"),
 ], ids=str)
 def test_errors_of_memory_are_known(error):
     assert is_out_of_memory(error)
 
 
 @pytest.mark.parametrize("error", [
-    RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError("shape mismatch"), ValueError("out of memory"),
-    HardwareError("The card ran out of memory.", "CUDA error: out of memory"), KeyboardInterrupt(),
+    RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError("shape mismatch"),
+    ValueError("out of memory"), HardwareError("The card ran out of memory.", "CUDA error: out of memory"), KeyboardInterrupt(),
 ], ids=str)
 def test_other_errors_are_not_taken_for_it(error):
     assert not is_out_of_memory(error)
@@ -189,8 +193,8 @@ def test_release_lets_go_of_what_the_failed_attempt_held():
 
 def plan(*fallbacks, packing=False, checkpointing=False, micro_batch=4):
     settings = {
-        "train.micro_batch": micro_batch, "train.accumulation": 4, "memory.checkpointing": checkpointing, "data.packing": packing,
-        "data.max_length": 2048, "lora.r": 16,
+        "train.micro_batch": micro_batch, "train.accumulation": 4, "memory.checkpointing": checkpointing,
+        "data.packing": packing, "data.max_length": 2048, "lora.r": 16,
     }
     return Plan(
         model="a/model", device="NVIDIA GeForce RTX 4060", kind="cuda", budget_bytes=8 * GIB, fits=True, phases={"train": 6 * GIB},
@@ -233,7 +237,8 @@ def test_it_goes_to_the_rung_that_a_run_was_left_on():
         "Going on with 1 row at once in 16 micro-batches instead of 4 in 4 and activations computed anew (checkpointing on)."
     )
     assert ladder.num_parts == 4 and ladder.checkpointing
-    assert ladder.go_to(1, "because only 5 GiB can be had now").endswith("(checkpointing off), because only 5 GiB can be had now.")
+    line = ladder.go_to(1, "because only 5 GiB can be had now")
+    assert line.endswith("(checkpointing off), because only 5 GiB can be had now.")
 
 
 def test_it_finds_the_rung_for_what_is_free():
@@ -248,3 +253,75 @@ def test_packs_are_called_by_their_name_and_odd_numbers_are_covered():
     ladder = Ladder(plan(Fallback(3, 8, True, 5 * GIB), packing=True, checkpointing=True, micro_batch=5))
     assert "3 packs at once in 8 micro-batches instead of 5 in 4" in ladder.step_down("in step 1")
     assert ladder.num_parts == 2
+
+
+# --- what is planned to step down to ---------------------------------------------------------------------------------------
+
+
+def planned(folder, *overrides):
+    from qlora.hardware import Device
+    from qlora.training.planner import plan_model
+
+    card = Device("cpu", "a CPU", 32 * GIB, 32 * GIB, 32 * GIB, 32 * GIB, 1, True)
+    return plan_model(str(folder), device=card, overrides=("data.max_length=128", *overrides))
+
+
+def test_a_plan_knows_in_advance_what_to_step_down_to(small_model):
+    """Each step needs less, fits, and is what the planner says of those settings when they are asked for."""
+    given = ("train.batch=8", "lora.r=16", "train.optimizer=adamw")
+    plan = planned(small_model, *given, "train.micro_batch=4", "memory.checkpointing=false")
+    steps = [(each.micro_batch, each.accumulation, each.checkpointing) for each in plan.fallbacks]
+    assert steps == [(2, 4, False), (1, 8, False), (1, 8, True)]
+    needs = [plan.peak_bytes, *(each.peak_bytes for each in plan.fallbacks)]
+    assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(needs) and needs[0] <= plan.budget_bytes
+    asked = planned(small_model, *given, "train.micro_batch=2", "memory.checkpointing=false")
+    assert plan.fallbacks[0].peak_bytes == pytest.approx(asked.peak_bytes, rel=1e-3)
+
+
+def test_odd_numbers_of_rows_are_halved_and_rounded_up(small_model):
+    """A step of one micro-batch is one of several when it is cut, so that gradients are there while the later ones run."""
+    plan = planned(small_model, "train.batch=3", "train.micro_batch=3", "memory.checkpointing=true", "lora.r=64")
+    assert [(each.micro_batch, each.accumulation) for each in plan.fallbacks] == [(2, 2), (1, 3)]
+    asked = planned(small_model, "train.batch=4", "train.micro_batch=2", "memory.checkpointing=true", "lora.r=64")
+    assert plan.fallbacks[0].peak_bytes == pytest.approx(asked.peak_bytes, rel=1e-3)
+
+
+def test_a_row_alone_that_keeps_its_padding_needs_a_mask(small_model):
+    """More than a row that was alone from the beginning, which has no padding."""
+    given = ("train.batch=8", "lora.r=16", "train.optimizer=adamw", "memory.checkpointing=false", "memory.budget=20GB")
+    cut = planned(small_model, *given, "train.micro_batch=2").fallbacks[0]
+    alone = planned(small_model, *given, "train.micro_batch=1")
+    assert (cut.micro_batch, cut.checkpointing) == (1, False)
+    assert cut.peak_bytes - alone.peak_bytes > 2 * 128 * 128  # the mask, in 16 bit
+
+
+def test_where_nothing_is_left_or_nothing_fits_there_is_none(small_model):
+    least = ("train.batch=1", "memory.checkpointing=true")
+    assert planned(small_model, *least).fallbacks == ()
+    assert planned(small_model, "train.micro_batch=8", "train.batch=8", "memory.budget=8MB").fallbacks == ()
+
+
+def test_fallbacks_are_in_the_file_and_a_file_without_them_is_read():
+    import json
+
+    document = json.loads(json.dumps(plan(*DOWN).to_json()))
+    assert document["fallbacks"][0] == {"micro_batch": 2, "accumulation": 8, "checkpointing": False, "peak_bytes": 5 * GIB}
+    assert Plan.from_json(document) == plan(*DOWN)
+    del document["fallbacks"]
+    assert Plan.from_json(document) == plan()
+
+
+@pytest.mark.parametrize(("fallbacks", "checkpointing", "line"), [
+    (DOWN, False, "2 x 8 rows (5.00 GiB), then 1 x 16 (4.00 GiB), then with checkpointing (3.00 GiB)"), ((), True, None),
+])
+def test_they_are_shown(fallbacks, checkpointing, line):
+    import io
+
+    from rich.console import Console
+
+    from qlora.views import plan_view
+
+    stream = io.StringIO()
+    Console(file=stream, width=120, color_system=None).print(plan_view(plan(*fallbacks, checkpointing=checkpointing)))
+    assert ("if memory runs short" in stream.getvalue()) == (line is not None)
+    assert line is None or line in stream.getvalue()

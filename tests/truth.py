@@ -20,6 +20,7 @@ from qlora.architecture import describe, select_targets
 from qlora.hardware import Device
 from qlora.model.adapt import add_adapters
 from qlora.model.build import build_base
+from qlora.model.exact import make_exact
 from qlora.precision import Precision, torch_dtype
 from qlora.training.cpu_memory import TensorMeter
 
@@ -156,6 +157,8 @@ def measure(cell: Cell, folder: Path, *, after: tuple[str, ...] = ()) -> Truth:
             base = build_base(str(folder / "base"), config, device=CPU, precision=precision, attention=cell.attention)
             model = add_adapters(base, selection, r=cell.r, alpha=cell.r, seed=0, dtype=torch_dtype(precision.adapters))
             del base
+            if cell.compute == "fp32":
+                make_exact(model)
         with truth.during("prepare"):
             trainer = build_trainer(
                 model, tokenizer, data, None, folder=folder, settings=settings, precision=precision, device=CPU,

@@ -233,7 +233,9 @@ def _fallbacks(simulator: Simulator, planned: Candidate, room: Room, peak_bytes:
         num_parts = -(-planned.micro_batch // candidate.micro_batch)
         accumulation = simulator.workload.batch // planned.micro_batch * num_parts
         # Parts of odd numbers could hold more rows than there are; simulated are as many micro-batches as there will be.
-        workload = replace(simulator.workload, batch=candidate.micro_batch * accumulation)
+        # A row alone keeps the padding of those it was cut from, and with it a mask.
+        alone = candidate.micro_batch == 1 < planned.micro_batch and simulator.workload.ragged
+        workload = replace(simulator.workload, batch=candidate.micro_batch * accumulation, in_parts=alone)
         needed = room.total((simulator if workload == simulator.workload else Simulator(workload)).tensors(candidate))
         if needed < (found[-1].peak_bytes if found else peak_bytes):
             found.append(Fallback(candidate.micro_batch, accumulation, candidate.checkpointing, needed))

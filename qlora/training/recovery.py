@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 # a CPU (c10/core/impl/alloc_cpu.cpp), the second CUDA's error 2 as the runtime and the driver have it, the third cuBLAS and
 # cuDNN when they cannot have a workspace, the last what C++ throws.
 _OUT_OF_MEMORY = re.compile(
-    r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA (driver )?error: out of memory|_STATUS_ALLOC_FAILED|std::bad_alloc"
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA (driver )?error: out of memory|_STATUS_ALLOC_FAILED"
+    r"|std::bad_alloc"
 )
 # Of a padding-free batch: where its rows begin, and what the kernels for rows of different lengths are told about them.
 _BOUNDARIES, _LONGEST, _ROW_NUMBERS = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k"), "seq_idx"
@@ -196,9 +197,9 @@ class Ladder:
             plan, now = self._plan, self._rungs[self.rung]
             length = plan.settings["data.max_length"]
             raise HardwareError(
-                f"Memory ran out {where}, and there is nothing smaller to go on with: {now.micro_batch} x up to {length:,} tokens, "
-                f"{'with' if now.checkpointing else 'without'} checkpointing, was planned to take {format_bytes(now.peak_bytes)} of "
-                f"{format_bytes(plan.budget_bytes)} on {plan.device}.",
+                f"Memory ran out {where}, and there is nothing smaller to go on with: {now.micro_batch} x up to {length:,} "
+                f"tokens, {'with' if now.checkpointing else 'without'} checkpointing, was planned to take "
+                f"{format_bytes(now.peak_bytes)} of {format_bytes(plan.budget_bytes)} on {plan.device}.",
                 "Close other programs that use this memory and run the same command again. If that does not help, lower "
                 f"data.max_length (now {length:,}), then lora.r (now {plan.settings['lora.r']}), and add --fresh.",
             )

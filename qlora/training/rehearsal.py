@@ -21,6 +21,7 @@ from qlora.architecture import TargetSelection
 from qlora.generation import TOKENS_PER_BATCH, rows_at_once
 from qlora.hardware import Device
 from qlora.model.adapt import add_adapters
+from qlora.model.exact import make_exact
 from qlora.model.meta import build_base_on_meta, quantisation_tensors
 from qlora.planning.autocast import AutocastOnMeta
 from qlora.planning.kernels import cublas_workspace_bytes, cuda_functions, cuda_temporaries
@@ -51,7 +52,8 @@ class Batches:
 
     Attributes:
         row_tokens: the longest row, or a full pack.
-        ragged: rows of a batch differ in length, so it is padded and attention needs a mask.
+        ragged: rows of a batch differ in length, so it is padded and attention needs a mask; also of a row alone that was cut
+            out of such a batch.
         packed: one sequence of several rows, with positions that start anew.
         generation_tokens: prompts and answers of one batch of generation.
     """
@@ -66,7 +68,7 @@ class Batches:
     @property
     def masked(self) -> bool:
         """Attention in training needs a mask: rows are padded, or must not see each other."""
-        return self.packed or (self.ragged and self.micro_batch > 1)
+        return self.packed or self.ragged
 
 
 def rehearse(
@@ -103,7 +105,7 @@ def rehearse(
             )
             if "load" in phases:
                 record_loading(recorder, base, warm_up=on_gpu, on_cpu=not on_gpu, device_bytes=device.memory_bytes)
-            model = _adapt(base, selection, precision, settings)
+            model = _adapt(base, selection, precision, device, settings)
             stage = _Stage(model, recorder, precision, settings, batches)
             with recorder:
                 _hold_workspaces(recorder, device)
@@ -243,12 +245,15 @@ class _Stage:
 
 
 def _adapt(
-    base: PreTrainedModel, selection: TargetSelection, precision: Precision, settings: Mapping[str, Any]
+    base: PreTrainedModel, selection: TargetSelection, precision: Precision, device: Device, settings: Mapping[str, Any]
 ) -> PeftModel:
-    return add_adapters(
+    model = add_adapters(
         base, selection, r=settings["lora.r"], alpha=settings["lora.alpha"], dropout=settings["lora.dropout"], seed=0,
         dtype=torch_dtype(precision.adapters),
     )
+    if device.kind == "cpu" and precision.compute == "fp32":
+        make_exact(model)
+    return model
 
 
 def _trainer(

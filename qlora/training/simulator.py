@@ -35,6 +35,7 @@ class Workload:
         batch: rows of an optimizer step.
         ragged: whether rows that share a batch differ in length.
         dropout: of the adapters.
+        in_parts: micro-batches are parts of larger ones, and keep their padding: a row may be padded although it is alone.
     """
 
     config: PreTrainedConfig = field(repr=False)
@@ -47,6 +48,7 @@ class Workload:
     packed: bool
     ragged: bool
     dropout: float
+    in_parts: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ class Simulator:
         work = self.workload
         batches = Batches(
             micro_batch=candidate.micro_batch, accumulation=max(1, work.batch // candidate.micro_batch),
-            row_tokens=candidate.max_length, ragged=work.packed or (work.ragged and candidate.micro_batch > 1),
+            row_tokens=candidate.max_length,
+            ragged=work.packed or (work.ragged and (work.in_parts or candidate.micro_batch > 1)),
             packed=work.packed, generation_tokens=generation_tokens,
         )
         settings = {
@@ -197,6 +200,7 @@ class Simulator:
             "device": [work.device.kind, work.device.capability, work.device.windows, work.device.num_threads,
                        expandable_segments(windows=work.device.windows)],
             "batch": work.batch, "packed": work.packed, "ragged": work.ragged, "dropout": work.dropout,
+            "in_parts": work.in_parts,
         }
 
 

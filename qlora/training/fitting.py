@@ -135,7 +135,8 @@ def make_plan(job: Job, progress: Progress | None = None, *, look_around: bool =
     return Plan(
         model=job.recipe.model.base, device=job.device.name, kind=job.device.kind, budget_bytes=room.budget.bytes,
         fits=found.fits, phases=whole.phases, parts=parts, reserved_bytes=whole.reserved_bytes,
-        host_peak_bytes=_host_bytes(job, simulator, whole, receipts), disk_bytes=_disk_bytes(whole.parts), decisions=decisions, num_steps=num_steps,
+        host_peak_bytes=_host_bytes(job, simulator, whole, receipts), disk_bytes=_disk_bytes(whole.parts), decisions=decisions,
+        num_steps=num_steps,
         alternatives=alternatives, fallbacks=fallbacks, tokens_per_second=speed.tokens_per_second, speed_basis=speed.basis,
         notes=_notes(job, room), longest_length=longest, seconds=round(time.perf_counter() - started, 3),
     )

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 # What a checkpoint's tensors hang on: with another value they have other shapes or another meaning.
 _FIXED = ("lora.r", "train.optimizer")
-_FACTS = {"train_rows": str, "validation_rows": str, "base": str, "versions": dict, "device": str, "rung": int, "metrics_bytes": int}
+_FACTS = {
+    "train_rows": str, "validation_rows": str, "base": str, "versions": dict, "device": str, "rung": int, "metrics_bytes": int,
+}
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,11 @@ def refuse_another_run(begun: Begun, setup: Setup, progress: Progress) -> None:
             raise ResumeError(f"{key} was {before[key]} when this run was begun and is {decided[key]} now; its checkpoints hold "
                               "weights and optimizer state for the former.", f"Set {key}={before[key]}, or add --fresh.")
     now = facts_of(setup, "")
-    for key, what in (("train_rows", "data.path: the rows to train on"), ("validation_rows", "data.validation: the held-out rows")):
+    held = {"train_rows": "data.path: the rows to train on", "validation_rows": "data.validation: the held-out rows"}
+    for key, what in held.items():
         if begun.checkpoint.facts[key] != now[key]:
-            _refuse_unless(begun.forced, f"{what} are not those that this run was begun with ({setup.recipe.data.path}).", progress)
+            problem = f"{what} are not those that this run was begun with ({setup.recipe.data.path})."
+            _refuse_unless(begun.forced, problem, progress)
     _tell_of_other_versions(begun.checkpoint.facts["versions"], now["versions"], progress)
     if begun.checkpoint.facts["device"] != now["device"]:
         progress.note(f"This run was begun on {begun.checkpoint.facts['device']}; on {now['device']} it goes on, but it does not "
@@ -153,7 +157,8 @@ def _refuse_unless(forced: bool, problem: str, progress: Progress) -> None:
 
 
 def _tell_of_other_versions(before: Mapping[str, str], now: Mapping[str, str], progress: Progress) -> None:
-    changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    if changed:
-        progress.note(f"Other versions than when this run was begun ({', '.join(changed)}): it goes on, but whether it comes to the "
-                      "same numbers to the last bit is not known.")
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if names:
+        changed = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in names)
+        progress.note(f"Other versions than when this run was begun ({changed}): it goes on, but whether it comes to the same "
+                      "numbers to the last bit is not known.")

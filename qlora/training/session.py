@@ -192,10 +192,10 @@ def failures_explained(session: Session) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         plan = session.setup.plan
+        rows, length = plan.settings["train.micro_batch"], plan.settings["data.max_length"]
         raise HardwareError(
             f"{session.setup.device.name} ran out of memory: the plan was {format_bytes(plan.peak_bytes)} of "
-            f"{format_bytes(plan.budget_bytes)} for {plan.settings['train.micro_batch']} x up to {plan.settings['data.max_length']} "
-            "tokens.",
+            f"{format_bytes(plan.budget_bytes)} for {rows} x up to {length} tokens.",
             "Free some memory and run it again, which goes on from the last checkpoint. If that does not help, lower "
             "train.micro_batch first (accumulation makes up for it), then data.max_length, then lora.r, and add --fresh.",
         ) from error

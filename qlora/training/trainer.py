@@ -265,10 +265,10 @@ class AdapterTrainer(SFTTrainer):
     def take_rate(self) -> None:
         """Learning rate and weight decay of the settings, in the place of those that a checkpoint brought with it."""
         scheduler, groups = self.lr_scheduler, self.optimizer.param_groups
-        scheduler.base_lrs = [self.args.learning_rate] * len(groups)
-        for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
-            group["initial_lr"] = self.args.learning_rate
-            group["lr"] = self.args.learning_rate * factor(scheduler.last_epoch)
+        rates = [self.args.learning_rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        for group, rate in zip(groups, rates, strict=True):
+            group["initial_lr"], group["lr"] = self.args.learning_rate, rate
+        scheduler.load_state_dict({**scheduler.state_dict(), "base_lrs": [self.args.learning_rate] * len(groups), "_last_lr": rates})
         groups[0]["weight_decay"] = self.args.weight_decay  # the trainer's second group has none, whatever is set
 
     def _gradient_is_finite(self) -> bool:

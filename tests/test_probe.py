@@ -125,7 +125,7 @@ def test_when_nothing_smaller_is_left_the_numbers_are_told(recipe, monkeypatch, 
     fail_when(monkeypatch, lambda trainer, inputs, count: True)
     with pytest.raises(HardwareError) as caught:
         train(recipe())
-    assert caught.value.exit_code == 2 and "MiB" in str(caught.value) and caught.value.fix
+    assert caught.value.exit_code == 2 and "iB" in str(caught.value) and caught.value.fix
     assert not (tmp_path / "run" / "adapter").exists()
 
 

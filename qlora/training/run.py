@@ -19,7 +19,7 @@ from qlora.training.meter import planned_phases, run_receipt, trial_receipt
 from qlora.training.metrics_file import MetricsFile
 from qlora.training.preflight import check_machine, refuse, warnings
 from qlora.training.resuming import begin_again, facts_of, refuse_another_base
-from qlora.training.run_folder import find_run, open_folder
+from qlora.training.run_folder import find_run, open_folder, refuse_taken
 from qlora.training.session import (
     Clock, Session, failures_explained, how_to_go_on, lock, make_session, open_metrics, watching_memory, write_down,
 )
@@ -83,6 +83,7 @@ def train(recipe: Recipe, progress: Progress | None = None, *, fresh: bool = Fal
         if not found.unfinished:
             open_folder(found)
             lock(held, found.path, progress)
+            refuse_taken(found.path)
         session = make_session(setup, found.path, begun, clock, progress)
         return push(run(session), recipe, progress)
 

@@ -109,7 +109,7 @@ def _state(folder: Path) -> Literal["free", "unfinished", "finished", "foreign"]
     names = set(os.listdir(folder))
     if not names:
         return "free"
-    if RESOLVED in names:
+    if names & {RESOLVED, PROGRESS}:  # with one of them alone, somebody has removed the other: `read_saved` says so
         return "finished" if REPORT in names else "unfinished"
     # Rows come after resolved.json: a metrics.jsonl with something in it and no resolved.json is somebody else's.
     empty = METRICS not in names or (folder / METRICS).stat().st_size == 0
@@ -130,6 +130,19 @@ def open_folder(found: Found) -> Path:
         raise OutputError(f"The run folder {found.path} cannot be written: {error.strerror or error}.",
                           "Set output.dir to a folder you may write to.") from error
     return found.path
+
+
+def refuse_taken(folder: Path) -> None:
+    """A folder that was free when it was looked for may have become another run's before this one locked it. To be called with
+    the lock held.
+
+    Raises:
+        OutputError: there is something of another run in it.
+    """
+    names = set(os.listdir(folder))
+    if not names <= _BEGINNINGS or (METRICS in names and (folder / METRICS).stat().st_size):
+        raise OutputError(f"{folder} is not empty any more: another run took it while this one was being prepared.",
+                          "Run the same command again, which looks at that run anew, or add --fresh to start beside it.")
 
 
 def refuse_links(folder: Path) -> None:

@@ -10,6 +10,7 @@ from qlora.planning.receipts import Receipts
 from qlora.progress import Progress
 from qlora.recipe import build_recipe
 from qlora.training import run as flow
+from qlora.training import watch
 from qlora.training.run import train
 from qlora.training.trainer import AdapterTrainer
 
@@ -147,6 +148,33 @@ def test_evaluation_that_runs_out_does_not_touch_training(recipe, monkeypatch):
     assert found[0] == expected[0] and [row[1] for row in found[1]] == [row[1] for row in expected[1]]
     assert values(found[1]) == pytest.approx(values(expected[1]), rel=1e-3)
     assert any("evaluation" in note for note in notes)
+
+
+def test_a_run_steps_down_before_another_process_makes_it_fail(recipe, monkeypatch):
+    """What is within reach falls between steps: the next rung that fits is taken, and the bits stay the same (fp32)."""
+    sections = {"model": {"dtype": "fp32"}}
+    expected = outcome(train(recipe("plain", **sections)))
+    within_reach = iter([500, 500, 250, 250])  # one look a step
+    monkeypatch.setattr(watch, "_SECONDS_BETWEEN", 0)
+    monkeypatch.setattr(watch, "used_memory_bytes", lambda device: 100)
+    monkeypatch.setattr(watch, "free_memory_bytes", lambda device: next(within_reach) - 100)
+    monkeypatch.setattr(flow, "needed_bytes", lambda session, rung: 400 - 100 * rung)
+    notes = []
+    result = train(recipe("crowded", **sections), Told(notes))
+    assert outcome(result)[0] == expected[0]
+    line, = [note for note in notes if "another process" in note]
+    assert "before step 3" in line and "1 row at once" in line  # 300 bytes on the rung between would not do
+    assert "another process" in (result.folder / "report.md").read_text()
+
+
+def test_when_nothing_smaller_would_fit_the_run_says_so_once_and_goes_on(recipe, monkeypatch):
+    monkeypatch.setattr(watch, "_SECONDS_BETWEEN", 0)
+    monkeypatch.setattr(watch, "free_memory_bytes", lambda device: 0)
+    monkeypatch.setattr(flow, "needed_bytes", lambda session, rung: 2**50)
+    notes = []
+    train(recipe(), Told(notes))
+    line, = [note for note in notes if "gets short" in note]
+    assert "before step 1" in line and "GiB" in line
 
 
 class Told(Progress):

@@ -287,7 +287,7 @@ class AdapterTrainer(SFTTrainer):
 
     def _advice(self) -> str:
         rate = self.args.learning_rate
-        return f"Lower train.learning_rate (now {rate:g}; try {rate / 3:.1g}) or raise train.warmup, and run again."
+        return f"Lower train.learning_rate (now {rate:g}; try {rate / 3:.1g}) or raise train.warmup, and start anew with --fresh."
 
 
 def build_trainer(

@@ -5,7 +5,7 @@ library's code: these are settings and corrections of our own objects.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,48 @@ def use_plain_cpu_kernels(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def set_start_values(model: PreTrainedModel, is_left: Callable[[torch.Tensor], bool]) -> None:
+    """Give parameters and buffers the values that the model's class starts with, but for those that `is_left` is true of.
+
+    transformers (5.17 to 5.23) decides by a mark on each tensor, which its own loader sets on those it has read; so tables of
+    positions and the like come out as they do there. Goes when there is a public way to say which tensors have their values.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = is_left(tensor)
+    model.initialize_weights()
+
+
+def checkpoint_names(
+    model: PreTrainedModel, keys: Iterable[str], key_mapping: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """The model's own name of each tensor of a checkpoint, and the tensors that must be split, merged or turned for it.
+
+    These are the functions by which transformers' loader renames (5.17 to 5.23, core_model_loading.py); PEFT uses them too.
+    Goes when the loader can be asked for the names alone.
+
+    Args:
+        keys: names in the checkpoint.
+        key_mapping: patterns and replacements that come before those that transformers has for the model's family.
+    """
+    from transformers import conversion_mapping, core_model_loading
+
+    conversions = conversion_mapping.get_model_conversion_mapping(model, dict(key_mapping))
+    renamings = [entry for entry in conversions if isinstance(entry, core_model_loading.WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, core_model_loading.WeightConverter)]
+    # Not state_dict(), which a 4-bit weight on meta cannot give.
+    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    names, converted = {}, []
+    for key in keys:
+        prefix, known = model.base_model_prefix, state
+        name, pattern = core_model_loading.rename_source_key(key, renamings, converters, prefix, known)
+        if name not in state and key in state:  # as the loader has it: a name that is right already
+            name, pattern = core_model_loading.rename_source_key(key, [], [], prefix, known)
+        names[key] = name
+        if pattern is not None:
+            converted.append(key)
+    return names, converted
 
 
 def restore_adapter_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -33,6 +33,19 @@ examples:
   qlora models --gpu "RTX 3060" --fits   only what fits
   qlora models --json                    on this machine, for a script
 """
+_CACHE_DESCRIPTION = """\
+A base is quantised once, into a file that every later run of it reads, so that the next start takes seconds. These files are
+as large as the model in 4 bits. Without a word after it, this lists them: which base, how large, when it was used last.
+"""
+_CACHE_EXAMPLES = """\
+examples:
+  qlora cache                          what is kept, and how much room it takes
+  qlora cache clear Qwen/Qwen3-8B      remove a base, by its model or by the name in the last column
+  qlora cache clear --all              remove all of them
+
+Nothing is lost: a base that is removed is made again by the run that needs it. One that is in use is left alone.
+QLORA_CACHE names another place for the cache, such as a larger disk.
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -110,6 +123,18 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--targets", default="all", help="all, attention, qv, or names: c_attn,c_proj (default: all)")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(verb="inspect")
+
+    cache = verbs.add_parser(
+        "cache", parents=[common], help="list the quantised bases that are kept on this disk, or remove them",
+        usage="qlora cache [--json]\n       qlora cache clear NAME [NAME ...] | --all", description=_CACHE_DESCRIPTION,
+        epilog=_CACHE_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cache.add_argument("action", nargs="?", choices=("list", "clear"), default="list",
+                       help="list (the default), or clear: remove what is named, without asking")
+    cache.add_argument("names", nargs="*", metavar="NAME", help="bases to remove: a model, or a name from the list")
+    cache.add_argument("--all", action="store_true", help="remove every base")
+    cache.add_argument("--json", action="store_true", help="print one JSON object")
+    cache.set_defaults(verb="cache")
 
     push = verbs.add_parser(
         "push", parents=[common], help="send a run's adapter to the Hub",

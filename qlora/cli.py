@@ -326,6 +326,28 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _cache(options: argparse.Namespace) -> int:
+    from qlora.engine.shelf import bases_home, clear_stores, list_stores, size_of
+    from qlora.home import cache_home
+    from qlora.views import cache_view, cleared_view
+
+    if options.action == "clear":
+        if bool(options.names) == options.all:
+            raise RecipeError("`qlora cache clear` wants the names of bases, or --all, and not both.",
+                              "`qlora cache` lists what is kept.")
+        cleared = clear_stores(None if options.all else options.names)
+        _print_json(vars(cleared)) if options.json else _print_view(cleared_view(cleared))
+        return 0
+    if options.names or options.all:
+        raise RecipeError("Names and --all say what to remove.", f"Write: qlora cache clear {' '.join(options.names) or '--all'}")
+    stores, total_bytes = list_stores(), size_of(cache_home())
+    if options.json:
+        _print_json({"folder": str(bases_home()), "total_bytes": total_bytes, "bases": [vars(store) for store in stores]})
+    else:
+        _print_view(cache_view(stores, bases_home(), total_bytes))
+    return 0
+
+
 def _push(options: argparse.Namespace) -> int:
     from qlora.hub import find_adapter, push_adapter
 
@@ -352,4 +374,5 @@ def _show_traceback(exit_code: int) -> int:
     return exit_code
 
 
-_VERBS = {"train": _train, "check": _check, "plan": _plan, "models": _models, "inspect": _inspect, "push": _push}
+_VERBS = {"train": _train, "check": _check, "plan": _plan, "models": _models, "inspect": _inspect, "cache": _cache,
+          "push": _push}

@@ -34,12 +34,20 @@ class ModelError(QloraError, ValueError):
     """A model, configuration or tokenizer that cannot be found or built."""
 
 
+class NeedsLoaderError(ModelError):
+    """Weights that only the library's own loader brings into the model's form; who reads them directly falls back to it."""
+
+
 class HardwareError(QloraError, RuntimeError):
     """A device that is asked for but not there, or too small."""
 
 
 class OutputError(QloraError, OSError):
     """A run folder that cannot be written."""
+
+
+class StoreError(QloraError, OSError):
+    """A quantised base in the cache that is damaged, or cannot be read."""
 
 
 class BusyError(OutputError):

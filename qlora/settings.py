@@ -29,6 +29,7 @@ _PositiveFloat = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_i
 _Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1, allow_inf_nan=False)]
 _Percentile = Annotated[str, Field(pattern=r"^p([1-9]\d?|100)$")]
 _Auto = Literal["auto"]
+_AutoBool = Literal["auto"] | bool
 
 
 def _setting(default: Any, help: str, expects: str, *, path: bool = False) -> Any:
@@ -198,10 +199,64 @@ class MemorySection(Section):
         "auto, true or false",
     )
 
+    streaming: _AutoBool = _setting(
+        "auto", "Layers that do not fit on the device come to it when they are needed, from RAM or disk. auto = only where "
+        "the model would not fit otherwise.", "auto, true or false",
+    )
+    resident_layers: _Auto | _CountInt = _setting(
+        "auto", "Layers that stay on the device while others are streamed. auto = as many as fit.", "auto or a whole number from 0"
+    )
+    stream_from: Literal["auto", "ram", "disk"] = _setting(
+        "auto", "Where streamed layers wait. auto = RAM if it holds them, else disk.", "auto, ram or disk"
+    )
+    embedding_device: Literal["auto", "device", "host"] = _setting(
+        "auto", "Where the input embedding is looked up. host = in RAM or the file, which spares the device its table. Exact.",
+        "auto, device or host",
+    )
+    head_format: Literal["auto", "resident", "streamed", "int8", "nf4"] = _setting(
+        "auto", "The output head: on the device, or brought there tile by tile; int8 and nf4 are smaller and not exact, and only "
+        "taken where they are asked for.", "auto, resident, streamed, int8 or nf4",
+    )
+    loss_chunk: str = _setting(
+        "auto", "Logits that exist at once in the project's own chunked loss. auto and none = TRL's loss, unless memory asks for "
+        "less.", 'auto, none or a size such as "64MiB"',
+    )
+    offload_activations: _AutoBool = _setting(
+        "auto", "Hidden states between layers wait in RAM. Exact, and slower by little. auto = only where memory asks for it.",
+        "auto, true or false",
+    )
+    offload_adapters: _AutoBool = _setting(
+        "auto", "Adapters, their gradients and the optimizer live in RAM. Exact. auto = only where memory asks for it.",
+        "auto, true or false",
+    )
+    fused_lora: _AutoBool = _setting(
+        "auto", "Backward pass of adapted projections and MLPs written by hand: about half the activations; rounds differently "
+        "from PEFT. auto = only where memory asks for it.", "auto, true or false",
+    )
+    mlp_tile: _Auto | Literal["none"] | _PositiveInt = _setting(
+        "auto", "Tokens that go through an MLP at once; fewer = less memory, more time. auto = all, unless memory asks for less.",
+        "auto, none or a whole number of tokens from 1",
+    )
+    dequantise_once: _AutoBool = _setting(
+        "auto", "A streamed layer's weights are kept in 16 bits for all micro-batches of a visit. auto = where there is room.",
+        "auto, true or false",
+    )
+    cache_base: _AutoBool = _setting(
+        "auto", "Keep the quantised base on disk, so that the next start takes seconds; `qlora cache` shows and clears it. auto = "
+        "for streamed bases, and for others from 500 million parameters on.", "auto, true or false",
+    )
+
     @field_validator("budget")
     @classmethod
     def _budget_has_a_unit(cls, value: str) -> str:
         if value != "auto":
+            parse_size(value)
+        return value
+
+    @field_validator("loss_chunk")
+    @classmethod
+    def _loss_chunk_is_a_size(cls, value: str) -> str:
+        if value not in ("auto", "none"):
             parse_size(value)
         return value
 

@@ -45,7 +45,7 @@ def make_plan(**changes):
         "train.eval_every": Decision(0, "derived", "there is no data yet"),
         "memory.checkpointing": Decision(True, "rule", "without it\nthe rows do not fit"),
         "memory.budget": Decision("8.00GiB", "derived", "all of the card"),
-        "memory.loss_chunk": Decision(4096, "derived", "tiles of the loss"),
+        "memory.streamed_layers": Decision(4, "derived", "the others take turns in two slots"),
     }
     values = dict(
         model="Qwen/Qwen3-8B", device="NVIDIA GeForce RTX 4060", kind="cuda", budget_bytes=8 * GIB, fits=True,
@@ -329,7 +329,7 @@ def test_a_frozen_plan_loads_as_the_same_run(tmp_path):
     frozen = load_recipe(path)
     for key, value in plan.settings.items():
         section, _, name = key.partition(".")
-        if key == "memory.loss_chunk":  # decided, but not a setting of a recipe
+        if key == "memory.streamed_layers":  # decided, but not a setting of a recipe
             continue
         found, given = getattr(getattr(frozen, section), name), frozen.is_given(key)
         assert (found, given) == (value, True) or key in ("data.validation", "train.epochs"), key

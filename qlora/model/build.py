@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ TINY = "builtin:tiny"
 
 # Multimodal checkpoints keep their language model under another name. Ordinary ones have no such keys. Without this the
 # loader finds none of the text part's weights and starts them at random, with no more than a log line.
-_TEXT_PART_KEYS = {r"^language_model\.lm_head": "lm_head", r"^(model\.)?language_model\.(model\.)?": "model."}
+TEXT_PART_KEYS = {r"^language_model\.lm_head": "lm_head", r"^(model\.)?language_model\.(model\.)?": "model."}
 
 
 def locate_base(base: str, progress: Any = None) -> str:
@@ -51,7 +52,7 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _explain(error, base, "tokenizer") from error
+        raise explain(error, base, "tokenizer") from error
 
 
 def stand_in_tokenizer(base: str, vocab_size: int) -> tuple[PreTrainedTokenizerBase, bool]:
@@ -120,24 +121,24 @@ def build_base(
     )
     prequantised = getattr(config, "quantization_config", None)
     if prequantised is not None:
-        _refuse_other_quantisation(base, prequantised)
+        refuse_other_quantisation(base, prequantised)
         settings.pop("quantization_config")
     try:
         if weights == "random":
-            skeleton = _skeleton(config, precision)
-            model = type(skeleton).from_pretrained(None, state_dict=_random_weights(skeleton, precision, seed), **settings)
+            skeleton = plain_skeleton(config, precision)
+            model = type(skeleton).from_pretrained(None, state_dict=random_weights(skeleton, precision, seed), **settings)
             model.name_or_path = base  # what the adapter's config names as its base
         else:
             refuse_unsafe_files(base, revision=revision)
             model, loading = AutoModelForCausalLM.from_pretrained(
                 base, revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True,
-                key_mapping=_TEXT_PART_KEYS, output_loading_info=True, **settings,
+                key_mapping=TEXT_PART_KEYS, output_loading_info=True, **settings,
             )
-            _refuse_missing(base, loading)
+            refuse_missing(base, loading)
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise _explain(error, base, "weights") from error
+        raise explain(error, base, "weights") from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if device.kind == "cpu":
@@ -147,18 +148,28 @@ def build_base(
     return model
 
 
-def fingerprint_base(model: torch.nn.Module) -> str:
-    """A digest over every frozen number of the model, quantisation state included: equal before and after training.
+def fingerprint_base(
+    model: torch.nn.Module, walk: Callable[[], Iterable[Any]] = lambda: (None,), let_go: Callable[[], None] = lambda: None
+) -> str:
+    """A digest over every frozen number of the model, quantisation state included: equal before and after training, and however
+    its layers are placed.
 
     Sums of the bytes, taken as integers and weighted by position modulo 2**64, are made on the device, in chunks of
     16 MiB, so that the check needs no copy of the base.
+
+    Args:
+        walk: goes through moments at which some of the layers have their weights, until each has had them; at the others they are
+            empty. By default all are there.
+        let_go: called after each chunk: gives back the memory of what was read of a mapped file.
     """
     import hashlib
 
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_frozen_tensors(model)):
-        digest.update(f"{name}:{_weighted_sum(tensor)}".encode())
-    return digest.hexdigest()
+    sums: dict[str, int] = {}
+    for _ in walk():
+        for name, tensor in _frozen_tensors(model):
+            if name not in sums and tensor.numel():
+                sums[name] = _weighted_sum(tensor, let_go)
+    return hashlib.sha256("".join(f"{name}:{total}" for name, total in sorted(sums.items())).encode()).hexdigest()
 
 
 # --- details -----------------------------------------------------------------------------------------------------------
@@ -171,14 +182,14 @@ def _frozen_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
             continue
         found.append((name, parameter.data))
         state = getattr(parameter, "quant_state", None)
-        if state is not None:
+        if state is not None and parameter.numel():
             # The scales live beside the parameter, not in it; a changed scale is a changed weight.
             parts = state.as_dict(packed=True)
             found += [(f"{name}.{key}", value) for key, value in parts.items() if hasattr(value, "data_ptr")]
     return found
 
 
-def _weighted_sum(tensor: torch.Tensor) -> int:
+def _weighted_sum(tensor: torch.Tensor, let_go: Callable[[], None]) -> int:
     import torch
 
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -191,10 +202,11 @@ def _weighted_sum(tensor: torch.Tensor) -> int:
         # Odd weights are invertible modulo 2**64: no single changed word can leave the sum as it was.
         weights = torch.arange(start, start + words.numel(), device=words.device, dtype=torch.int64) * 2 + 1
         total = (total * 31 + int((words * weights).sum())) % 2**64
+        let_go()
     return total
 
 
-def _refuse_missing(base: str, loading: dict[str, Any]) -> None:
+def refuse_missing(base: str, loading: dict[str, Any]) -> None:
     """The loader gives a weight that it does not find a random start; a base with such weights is no base."""
     missing = sorted(loading.get("missing_keys") or ())
     mismatched = sorted(str(key) for key in loading.get("mismatched_keys") or ())
@@ -214,7 +226,8 @@ def _give_own_storage(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _skeleton(config: PreTrainedConfig, precision: Precision) -> PreTrainedModel:
+def plain_skeleton(config: PreTrainedConfig, precision: Precision) -> PreTrainedModel:
+    """The model in 16 bits on meta, tensors as a checkpoint holds them."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -222,7 +235,7 @@ def _skeleton(config: PreTrainedConfig, precision: Precision) -> PreTrainedModel
         return AutoModelForCausalLM.from_config(config, dtype=torch_dtype(precision.compute))
 
 
-def _random_weights(skeleton: PreTrainedModel, precision: Precision, seed: int) -> dict[str, torch.Tensor]:
+def random_weights(skeleton: PreTrainedModel, precision: Precision, seed: int) -> dict[str, torch.Tensor]:
     """A state dict of matrices that takes 8 MiB however large the model is: each is a view into one buffer of noise.
 
     Rows of a matrix larger than the buffer overlap, shifted; that is random enough for timing and memory. Norms are
@@ -251,7 +264,7 @@ def _random_weights(skeleton: PreTrainedModel, precision: Precision, seed: int) 
     return weights
 
 
-def _refuse_other_quantisation(base: str, found: Any) -> None:
+def refuse_other_quantisation(base: str, found: Any) -> None:
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     four_bit = found.get("load_in_4bit") if isinstance(found, dict) else getattr(found, "load_in_4bit", False)
     if str(getattr(method, "value", method)) != "bitsandbytes" or not four_bit:
@@ -262,7 +275,7 @@ def _refuse_other_quantisation(base: str, found: Any) -> None:
         )
 
 
-def _explain(error: Exception, base: str, what: str) -> ModelError:
+def explain(error: Exception, base: str, what: str) -> ModelError:
     """One sentence for the ways in which a model cannot be had."""
     text = str(error)
     local = Path(base).expanduser()

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora import guidance
+from qlora.engine.placement import Placement
 from qlora.errors import RecipeError
 from qlora.guidance import Choice
 from qlora.hardware import Device
+from qlora.planning.placements import placements_for, residents_for
 from qlora.planning.plan import Decision
 from qlora.planning.search import Found, Options, last_ranks
 from qlora.precision import Precision
@@ -26,13 +28,36 @@ _NUM_EVALUATIONS = 5
 # is better spent on keeping activations. What is left after that may go to rows, up to the second number.
 _SATURATED_TOKENS, _SPARE_TOKENS = 2048, 8192
 _CPU_ROWS = 8
+_WORTH_KEEPING = 500_000_000  # parameters, from which on quantising takes longer than a person likes to wait
+
+# Why the memory engine does nothing in some respect, and why it does something.
+_PLAIN = {
+    "streaming": "the model fits without it", "resident_layers": "all {layers} stay on the device",
+    "streamed_layers": "all {layers} stay on the device", "stream_from": "nothing is streamed",
+    "embedding_device": "beside the layers", "head_format": "as the loss wants it, in 16 bits",
+    "offload_activations": "there is room for them on the device", "offload_adapters": "there is room for them on the device",
+    "fused_lora": "PEFT's own backward pass fits", "dequantise_once": "a layer is not used often enough in a visit",
+    "mlp_tile": "whole rows fit", "loss_chunk": "TRL's loss projects tokens in tiles, and never stores the logits of a batch",
+}
+_ENGINE = {
+    "streaming": "the layers do not all fit on the device", "resident_layers": "as many as fit beside the rest",
+    "streamed_layers": "the others take turns in two slots", "stream_from": "RAM holds them, and is faster than a disk",
+    "embedding_device": "its rows are looked up where they are, and the table stays off the device",
+    "head_format": "brought to the device tile by tile, because whole it does not fit beside the rest",
+    "offload_activations": "hidden states wait in RAM for the backward pass",
+    "offload_adapters": "they do not fit on the device either", "fused_lora": "keeps about half of what PEFT's backward pass does",
+    "dequantise_once": "several micro-batches go through a layer in one visit",
+    "mlp_tile": "the inner activations of an MLP do not fit for all tokens at once",
+    "loss_chunk": "fewer logits at once than TRL's tiles",
+}
 
 
 @dataclass(frozen=True)
 class Facts:
     """What the choices rest on: the machine, the model and the data, all looked at before.
 
-    Numbers of rows are None where there is no data. `attentions` are what the model class can run, best first.
+    Numbers of rows are None where there is no data. `attentions` are what the model class can run, best first. `streamable` says
+    that layers can be brought to the device one by one, `stream_from` where they would wait.
     """
 
     device: Device
@@ -48,6 +73,9 @@ class Facts:
     max_length_reason: str
     data_format: str
     data_format_reason: str
+    tied_embeddings: bool = False
+    streamable: bool = False
+    stream_from: str = "disk"
 
 
 def find_options(recipe: Recipe, facts: Facts) -> tuple[Options, Choice]:
@@ -76,6 +104,11 @@ def find_options(recipe: Recipe, facts: Facts) -> tuple[Options, Choice]:
         optimizers=(*paged, "adamw_8bit", "adamw") if optimizer == "auto" else (optimizer,),
         max_length=facts.max_length,
         last_ranks=last_ranks(ranks[0]) if recipe.lora.r == "auto" else (),
+        placements=placements_for(
+            recipe, on_gpu=on_gpu, tied_embeddings=facts.tied_embeddings, num_layers=facts.num_layers,
+            streamable=facts.streamable, stream_from=facts.stream_from,
+        ),
+        num_resident=residents_for(recipe, facts.num_layers),
     )
     return options, batch
 
@@ -130,14 +163,30 @@ def choose(recipe: Recipe, facts: Facts, found: Found, batch: Choice) -> tuple[d
     if recipe.data.max_length != "auto" and isinstance(recipe.data.max_length, str):
         reason = f"{recipe.data.max_length}: {facts.max_length_reason}"
         decisions["data.max_length"] = Decision(facts.max_length, "derived", reason)
-    fixed = f"all {facts.num_layers} stay on the device"
-    decisions["memory.resident_layers"] = Decision(facts.num_layers, "default", fixed)
-    decisions["memory.streamed_layers"] = Decision(0, "default", fixed)
-    decisions["memory.embedding_device"] = Decision(facts.device.kind, "default", "beside the layers")
-    decisions["memory.head_format"] = Decision(facts.precision.compute, "default", "never quantised: it is what the loss sees")
-    fused = "TRL's fused output head projects tokens in tiles, and the logits of a batch are never stored"
-    decisions["memory.loss_chunk"] = Decision("tiles", "default", fused)
+    decisions |= _placed(recipe, facts, candidate.placement)
     return decisions, num_steps
+
+
+def _placed(recipe: Recipe, facts: Facts, placement: Placement) -> dict[str, Decision]:
+    """What the memory engine does, setting by setting."""
+    plain = Placement().to_settings(facts.num_layers)
+    decisions = {}
+    for key, value in placement.to_settings(facts.num_layers).items():
+        name = key.partition(".")[2]
+        if recipe.is_given(key) and getattr(recipe.memory, name) != "auto":
+            decisions[key] = Decision(value, "given", "given")
+        elif key == "memory.stream_from" and placement.streams and value == "disk":
+            decisions[key] = Decision(value, "derived", "RAM does not hold them")
+        elif value == plain[key]:
+            decisions[key] = Decision(value, "default", _PLAIN[name].format(layers=facts.num_layers))
+        else:
+            decisions[key] = Decision(value, "derived", _ENGINE[name])
+    if recipe.memory.cache_base == "auto":
+        keeps = placement.streams or (recipe.model.weights == "pretrained" and facts.num_parameters >= _WORTH_KEEPING)
+        reason = ("streamed layers come from there" if placement.streams else "the next start takes seconds" if keeps
+                  else "loading it is quick enough")
+        decisions["memory.cache_base"] = Decision(keeps, "derived", reason)
+    return decisions
 
 
 def _as_written(recipe: Recipe) -> dict[str, Decision]:

@@ -18,6 +18,7 @@ The 4-bit tensors: bitsandbytes 0.50, functional.quantize_4bit and quantize_bloc
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora.planning.kernels_cpu import quantising_bytes
@@ -26,7 +27,9 @@ from qlora.planning.trace import Recorder
 if TYPE_CHECKING:
     import bitsandbytes as bnb
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from qlora.precision import Precision
 
 _KEPT_FREE_BYTES = 1.2 * 2**30  # of the card's memory; modeling_utils.py, caching_allocator_warmup
 
@@ -68,6 +71,32 @@ def record_loading(
             recorder.track(buffer, "base")
 
 
+def record_streamed_loading(
+    recorder: Recorder, model: PreTrainedModel, on_device: Sequence[torch.Tensor], *, on_cpu: bool
+) -> None:
+    """The phase "load" of a model whose layers are streamed: quantised one by one, if that has not been done before, and then brought
+    to their blocks.
+
+    Args:
+        on_device: the rest of the model's tensors on the device, and the blocks of the layers that are there.
+        on_cpu: layers are quantised in RAM, which is the device, and in pieces.
+    """
+    with recorder.during("load", "base"):
+        recorder.drop(recorder.hold(_store_building_bytes(model, on_cpu=on_cpu), "quantising a layer", "workspace"))
+        for tensor in on_device:
+            recorder.track(tensor, "base")
+
+
+def block_sizes(config: PreTrainedConfig, precision: Precision) -> list[int]:
+    """Bytes of each layer's block (`qlora.engine.arena`)."""
+    from qlora.engine.arena import layer_layout
+    from qlora.engine.skeleton import layers_path_of
+    from qlora.model.meta import build_base_on_meta
+
+    model = build_base_on_meta(config, precision=precision, attention="eager")  # which every class has, and no weight hangs on it
+    return [layer_layout(layer).size_bytes for layer in model.get_submodule(layers_path_of(model))]
+
+
 def loading_host_bytes(model: PreTrainedModel) -> int:
     """RAM that loading needs beside the process itself, where the device is a GPU: the checkpoint's largest tensor in 16
     bits, once as it was read and once in another 16-bit type. The mapped file is the system's cache, which gives way.
@@ -83,6 +112,24 @@ def in_loading_order(model: PreTrainedModel) -> list[tuple[str, torch.nn.Paramet
 
 
 # --- details -----------------------------------------------------------------------------------------------------------
+
+
+def _store_building_bytes(model: PreTrainedModel, *, on_cpu: bool) -> int:
+    """At most, while the largest matrix is quantised: in 16 bits as it was read and as it is needed, then its packed form with fp32
+    scales; on a CPU also the block that the layer is gathered in, and a piece of a million numbers at 22 bytes each
+    (`qlora.engine.quantise`).
+    """
+    import bitsandbytes as bnb
+
+    from qlora.engine.arena import layer_layout
+    from qlora.engine.skeleton import layers_path_of
+
+    largest = max(_num_weights(module.weight) for module in model.modules() if isinstance(module, bnb.nn.Linear4bit))
+    scales = 2 * 4 * largest // 64
+    if not on_cpu:
+        return 2 * largest + largest // 2 + 2 * scales
+    block = max(layer_layout(layer).size_bytes for layer in model.get_submodule(layers_path_of(model)))
+    return block + 2 * 2 * largest + 2 * (largest // 2) + 2 * scales + 22 * 2**20
 
 
 def _warm_up_bytes(model: PreTrainedModel, device_bytes: int | None) -> int:

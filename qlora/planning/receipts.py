@@ -20,6 +20,7 @@ from qlora.errors import OutputError
 from qlora.hardware import Device
 from qlora.home import cache_home
 from qlora.planning.cache import library_versions
+from qlora.planning.roofline import Streaming
 from qlora.units import MIB, format_bytes
 
 # Before there are receipts: (share, bytes, why). scripts/score_planner.py prints the errors on 79 Tesla T4 runs; other cards and
@@ -33,6 +34,8 @@ _LEAST, _MOST = 0.005, 0.25
 _ENOUGH = 5  # receipts that replace the prior altogether
 _COVERAGE = 0.95
 _LATEST = 5  # receipts that the speed is taken from: drivers and habits change
+# A streamed run tells the speed of another one whose share of streamed layers and whose tokens per visit are this near.
+_NEAR_SHARE, _NEAR_TOKENS = 0.05, 1.25
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -72,6 +75,11 @@ class Receipt:
     flops_per_token: float | None = None
     key: str = ""
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    @property
+    def streaming(self) -> Streaming | None:
+        """How the run streamed, from its settings; None where all layers stayed on the device, as in every receipt of old."""
+        return Streaming.of(self.settings)
 
     @property
     def compares_tensors(self) -> bool:
@@ -199,16 +207,24 @@ class Receipts:
         found = [r.context_bytes for r in self._of(device) if r.context_bytes is not None]
         return max(found[-_LATEST:]) if found else None
 
-    def tokens_per_second(self, device: Device, model: str, flops_per_token: float) -> tuple[float, str] | None:
-        """Speed of the latest runs on this device, of the same model if there are any, and what it rests on."""
-        timed = [r for r in self._of(device) if r.tokens_per_second and r.flops_per_token]
+    def tokens_per_second(
+        self, device: Device, model: str, flops_per_token: float, streaming: Streaming | None = None
+    ) -> tuple[float, str] | None:
+        """Speed of the latest runs on this device, of the same model if there are any, and what it rests on.
+
+        Args:
+            streaming: how the run in question streams. Only runs of the same model that streamed about alike count then, and runs
+                that streamed never count where nothing is streamed.
+        """
+        timed = [r for r in self._of(device) if r.tokens_per_second and r.flops_per_token and _alike(r.streaming, streaming)]
         same = [r for r in timed if r.model == model][-_LATEST:]
-        chosen = same or timed[-_LATEST:]
+        chosen = same if same or streaming is not None else timed[-_LATEST:]
         if not chosen:
             return None
         speed = statistics.median(r.tokens_per_second * r.flops_per_token for r in chosen) / flops_per_token
         whose = "this model" if same else "other models, by arithmetic"
-        return speed, f"measured on {device.name} in {_runs(chosen)} of {whose}"
+        how = "" if streaming is None else ", streamed alike"
+        return speed, f"measured on {device.name} in {_runs(chosen)} of {whose}{how}"
 
     def _of(self, device: Device) -> list[Receipt]:
         name = _plain_name(device.name)
@@ -221,6 +237,16 @@ def default_path() -> Path:
 
 
 # --- details ----------------------------------------------------------------------------------------------------------
+
+
+def _alike(one: Streaming | None, other: Streaming | None) -> bool:
+    """Whether the speed of one run says something of the other's; where tokens per visit are not known, it does not."""
+    if one is None or other is None:
+        return one is other
+    if one.tokens_per_visit is None or other.tokens_per_visit is None or one.source != other.source:
+        return False
+    ratio = one.tokens_per_visit / other.tokens_per_visit
+    return abs(one.share - other.share) <= _NEAR_SHARE and 1 / _NEAR_TOKENS <= ratio <= _NEAR_TOKENS
 
 
 def _percent(share: float) -> str:

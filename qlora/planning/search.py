@@ -1,8 +1,9 @@
 """Find the settings that make the most of a budget.
 
 Pure decisions: what a candidate needs is told by a function, which simulates it. The order is lexicographic, quality first:
-the length that covers the data is not touched; then a rank of 16 or more on the chosen projections; then rows at once; then a
-higher rank; then speed (no recomputation); then uncompressed optimizer state; then more rows at once in what is left.
+the length that covers the data is not touched; then a rank of 16 or more on the chosen projections, with as little of the memory
+engine as that takes; then rows at once; then a higher rank; then speed (no recomputation); then uncompressed optimizer state; then
+more rows at once, or more layers on the device, in what is left.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from qlora.engine.placement import Placement
 from qlora.guidance import LAST_RESORT_RANKS
 
 _Value = TypeVar("_Value")
@@ -25,6 +27,7 @@ class Candidate:
     checkpointing: bool
     optimizer: str
     max_length: int
+    placement: Placement = Placement()
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Options:
     Attributes:
         last_ranks: tried, largest first, only where the lowest of `ranks` does not fit.
         spare_micro_batches: larger ones than speed has much use for, for the room that is left at the end.
+        placements: what the memory engine may do, from nothing to all it can. Those that stream begin with no layer resident, and
+            as many as fit, up to `num_resident`, stay on the device in the end.
     """
 
     ranks: tuple[int, ...]
@@ -43,11 +48,20 @@ class Options:
     max_length: int
     last_ranks: tuple[int, ...] = ()
     spare_micro_batches: tuple[int, ...] = ()
+    placements: tuple[Placement, ...] = (Placement(),)
+    num_resident: tuple[int, ...] = (0,)
 
     @property
     def least(self) -> Candidate:
         """The one that needs least, but for the last ranks."""
-        return Candidate(self.ranks[0], self.micro_batches[0], self.checkpointing[0], self.optimizers[0], self.max_length)
+        return self.least_with(self.placements[-1])
+
+    def least_with(self, placement: Placement) -> Candidate:
+        """The one that needs least of those with a placement."""
+        return Candidate(
+            self.ranks[0], self.micro_batches[0], self.checkpointing[0] or placement.schedules, self.optimizers[0], self.max_length,
+            placement,
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,10 @@ def search(options: Options, fits: Callable[[Candidate], bool]) -> Found:
         return tried[candidate]
 
     candidate, reasons = options.least, {}
-    if not ok(candidate):
+    fitting = next((least for placement in options.placements if ok(least := options.least_with(placement))), None)
+    if fitting is not None:
+        candidate = fitting
+    else:
         ranks = [r for r in options.last_ranks if ok(replace(candidate, r=r))]
         if not ranks:
             return Found(candidate, False, _reasons_for_least(options), len(tried))
@@ -88,18 +105,30 @@ def search(options: Options, fits: Callable[[Candidate], bool]) -> Found:
         reasons["r"] = f"{ranks[0]}, under {options.ranks[0]}, because nothing larger fits; the adapters can learn less"
     for field, choices in (("micro_batch", options.micro_batches), ("r", options.ranks),
                            ("checkpointing", options.checkpointing), ("optimizer", options.optimizers)):
-        if field in reasons or len(choices) == 1:
+        if field in reasons or len(choices) == 1 or (field == "checkpointing" and candidate.placement.schedules):
             continue
         value, limited = _largest(choices, lambda value: ok(replace(candidate, **{field: value})))
         candidate = replace(candidate, **{field: value})
         reasons[field] = _reason(field, value, limited, choices)
-    if options.spare_micro_batches and candidate.micro_batch == options.micro_batches[-1]:
+    if candidate.placement.schedules:
+        reasons["checkpointing"] = "the engine keeps what goes into a layer, and computes the rest anew"
+    if options.spare_micro_batches and candidate.micro_batch == options.micro_batches[-1] and not candidate.placement.streams:
         choices = (candidate.micro_batch, *options.spare_micro_batches)
         rows, _ = _largest(choices, lambda rows: ok(replace(candidate, micro_batch=rows)))
         if rows > candidate.micro_batch:
             candidate = replace(candidate, micro_batch=rows)
             reasons["micro_batch"] = "there is room for more rows at once"
+    if candidate.placement.streams:
+        candidate = _use_what_is_left(candidate, options, ok)
     return Found(candidate, True, reasons, len(tried))
+
+
+def _use_what_is_left(candidate: Candidate, options: Options, ok: Callable[[Candidate], bool]) -> Candidate:
+    """As many layers on the device as fit."""
+    def with_resident(count: int) -> Candidate:
+        return replace(candidate, placement=replace(candidate.placement, resident_layers=count))
+
+    return with_resident(_largest(options.num_resident, lambda count: ok(with_resident(count)))[0])
 
 
 def _largest(values: Sequence[_Value], ok: Callable[[_Value], bool]) -> tuple[_Value, bool]:

@@ -1,5 +1,7 @@
 """An estimate of tokens per second, and what it rests on: earlier runs, else arithmetic on published speeds.
 
+Where layers are streamed, it is the speed of the same step with all layers on the device times what `roofline` leaves of it.
+
 FLOPs count a multiplication and an addition as two, as everybody does.
 """
 
@@ -17,6 +19,7 @@ from qlora.catalog.cards import find_card
 from qlora.errors import HardwareError, ModelError
 from qlora.hardware import Device
 from qlora.planning.receipts import Receipts
+from qlora.planning.roofline import Link, StreamedSpeed, Streaming, link_of, streamed_speed
 from qlora.units import MIB
 
 # Share of a card's peak that whole training steps reach, with their FLOPs counted as below, and where:
@@ -44,25 +47,58 @@ _CPU_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of training, None where nothing is known; `basis` is one line that says what it rests on."""
+    """Tokens per second of training, None where nothing is known; `basis` is one line that says what it rests on.
+
+    `streamed` is how streaming was reckoned; None where nothing is streamed, or where a run was measured that streamed alike.
+    """
 
     tokens_per_second: float | None
     basis: str
+    streamed: StreamedSpeed | None = None
 
 
 def estimate_speed(
-    architecture: Architecture, settings: Mapping[str, Any], device: Device, receipts: Receipts | None = None
+    architecture: Architecture, settings: Mapping[str, Any], device: Device, receipts: Receipts | None = None, *,
+    link: Link | None = None, disk_gb_s: float | None = None,
 ) -> Speed:
     """How fast a run will be, evaluations and saving left out.
 
     Args:
-        settings: decided values by dotted name, as in `Plan.settings`.
-        receipts: runs on this device win over any table.
+        settings: decided values by dotted name, as in `Plan.settings`. Layers are streamed where "memory.streamed_layers" is
+            above 0: from "memory.stream_from", with micro-batch x accumulation x length tokens a visit.
+        receipts: runs on this device win over any table. Runs that streamed count for runs that stream about alike, the others
+            for what a streamed run would reach with all layers on the device.
+        link: to host memory, where it is not the one that the card's table has.
+        disk_gb_s: of the disk that layers are streamed from, in GB/s; None takes that of an NVMe drive, and says so.
     """
     flops = flops_per_token(architecture, settings)
-    measured = receipts.tokens_per_second(device, architecture.name, flops) if receipts is not None else None
+    streaming = Streaming.of(settings)
+    measured = receipts.tokens_per_second(device, architecture.name, flops, streaming) if receipts is not None else None
     if measured is not None:
         return Speed(*measured)
+    if streaming is None:
+        return _arithmetic(architecture, settings, device, flops)
+    beside = receipts.tokens_per_second(device, architecture.name, flops) if receipts is not None else None
+    resident = Speed(*beside) if beside is not None else _arithmetic(architecture, settings, device, flops)
+    return _streamed(architecture, settings, streaming, resident, link or link_of(device), disk_gb_s)
+
+
+def flops_per_token(architecture: Architecture, settings: Mapping[str, Any]) -> float:
+    """FLOPs of one training step per token of its rows.
+
+    Frozen weights: 2 each forward, 2 for the gradient of the input, 2 again where checkpointing recomputes; the head always
+    has 6, because its logits are computed twice (TRL's chunked loss). Adapters also need 2 for their own gradient.
+    Attention of a causal model: 2 x length x width a layer forward, 2.5 times that backward (FlashAttention,
+    https://arxiv.org/abs/2205.14135: the scores are computed again).
+    """
+    return sum(_flops(architecture, settings))
+
+
+# --- details ----------------------------------------------------------------------------------------------------------
+
+
+def _arithmetic(architecture: Architecture, settings: Mapping[str, Any], device: Device, flops: float) -> Speed:
+    """The speed with all layers on the device, without any run to go by."""
     if architecture.unquantised_expert_parameters:
         return Speed(None, "no runs of mixture-of-experts models are published that this could rest on")
     if device.kind == "cpu":
@@ -79,7 +115,9 @@ def estimate_speed(
     share, where = _share(device, device_tflops, bandwidth)
     tokens = settings["train.micro_batch"] * settings["data.max_length"]
     passes = _passes(settings)
-    dequantising = passes * architecture.quantised_parameters * _DEQUANTISED_BYTES_PER_WEIGHT / (bandwidth * 1e9)
+    # Once a visit means twice a step.
+    times = 2 / settings.get("train.accumulation", 1) if settings.get("memory.dequantise_once") else passes
+    dequantising = times * architecture.quantised_parameters * _DEQUANTISED_BYTES_PER_WEIGHT / (bandwidth * 1e9)
     seconds = max(
         tokens * flops / (device_tflops * 1e12 * share) + dequantising,
         architecture.num_layers * passes * _SECONDS_PER_LAYER_AND_PASS,
@@ -87,14 +125,29 @@ def estimate_speed(
     return Speed(tokens / seconds, f"{100 * share:.0f} % of the card's {device_tflops:g} TFLOP/s, {where}")
 
 
-def flops_per_token(architecture: Architecture, settings: Mapping[str, Any]) -> float:
-    """FLOPs of one training step per token of its rows.
+def _streamed(
+    architecture: Architecture, settings: Mapping[str, Any], streaming: Streaming, resident: Speed, link: Link,
+    disk_gb_s: float | None,
+) -> Speed:
+    """What streaming leaves of the speed that the same step would have with all layers on the device."""
+    if resident.tokens_per_second is None:
+        return resident
+    assert streaming.tokens_per_visit is not None, "settings of a plan have rows at once and their length"
+    forward, backward, head = _flops(architecture, settings)
+    flops = forward + backward + head
+    streamed_layers = min(streaming.streamed_layers, architecture.num_layers)
+    layers_bytes = architecture.quantised_bytes + 2 * sum(weights for _, weights in architecture.kept_linear)
+    found = streamed_speed(
+        resident_tokens_per_second=resident.tokens_per_second, forward_share=forward / flops, backward_share=backward / flops,
+        num_layers=architecture.num_layers, streamed_layers=streamed_layers,
+        streamed_bytes=layers_bytes * streamed_layers / architecture.num_layers, tokens_per_visit=streaming.tokens_per_visit,
+        link=link, source=streaming.source, disk_gb_s=disk_gb_s,
+    )
+    return Speed(found.tokens_per_second, f"{found.basis}; that speed: {resident.basis}", found)
 
-    Frozen weights: 2 each forward, 2 for the gradient of the input, 2 again where checkpointing recomputes; the head always
-    has 6, because its logits are computed twice (TRL's chunked loss). Adapters also need 2 for their own gradient.
-    Attention of a causal model: 2 x length x width a layer forward, 2.5 times that backward (FlashAttention,
-    https://arxiv.org/abs/2205.14135: the scores are computed again).
-    """
+
+def _flops(architecture: Architecture, settings: Mapping[str, Any]) -> tuple[float, float, float]:
+    """FLOPs per token of the layers' forward pass, of their backward pass with what is computed again in it, and of the head."""
     passes = _passes(settings)
     projections = (*architecture.projections, *architecture.others)
     body = sum(p.in_features * p.out_features * p.count for p in projections)
@@ -108,16 +161,15 @@ def flops_per_token(architecture: Architecture, settings: Mapping[str, Any]) -> 
         p for p in architecture.projections if p.kind == "attention" and p.out_features == architecture.hidden_size
     ]
     width = max((p.in_features for p in attention_out), default=architecture.hidden_size)
-    attention = architecture.num_layers * 2 * settings["data.max_length"] * width * (passes - 1 + 2.5)
-    return 2 * passes * body + 6 * head + 2 * (passes + 1) * adapters + attention
-
-
-# --- details ----------------------------------------------------------------------------------------------------------
+    attention = architecture.num_layers * 2 * settings["data.max_length"] * width
+    forward = 2 * (body + adapters) + attention
+    backward = 2 * (passes - 1) * body + 2 * passes * adapters + attention * (passes - 2 + 2.5)
+    return forward, backward, 6 * head
 
 
 def _passes(settings: Mapping[str, Any]) -> int:
-    """How often a layer's weights are used in a step: forward, backward, and once more with checkpointing."""
-    return 3 if settings.get("memory.checkpointing") else 2
+    """How often a layer's weights are used in a step: forward, backward, and once more with checkpointing or where it streams."""
+    return 3 if settings.get("memory.checkpointing") or Streaming.of(settings) is not None else 2
 
 
 def _share(device: Device, tflops: float, bandwidth: float) -> tuple[float, str]:

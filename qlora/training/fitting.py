@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from qlora._compat import expandable_segments
 from qlora.architecture import Architecture, TargetSelection
+from qlora.errors import ModelError
 from qlora.generation import TOKENS_PER_BATCH
 from qlora.hardware import Device
 from qlora.planning.allocator import slack_bytes
@@ -23,6 +24,7 @@ from qlora.progress import Progress
 from qlora.recipe import Recipe
 from qlora.training.alternatives import find_alternatives
 from qlora.training.simulator import Simulated, Simulator, Workload
+from qlora.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -131,14 +133,16 @@ def make_plan(job: Job, progress: Progress | None = None, *, look_around: bool =
     longest = _longest(simulator, options, found, room, job.architecture.max_positions) if look_around else None
     alternatives = () if found.fits or sketch else find_alternatives(job, simulator, options, room)
     parts = _parts(whole, room)
+    host_bytes = _host_bytes(job, simulator, whole, found.candidate, receipts)
     fallbacks = _fallbacks(simulator, found.candidate, room, sum(parts.values())) if found.fits and not sketch else ()
     return Plan(
         model=job.recipe.model.base, device=job.device.name, kind=job.device.kind, budget_bytes=room.budget.bytes,
         fits=found.fits, phases=whole.phases, parts=parts, reserved_bytes=whole.reserved_bytes,
-        host_peak_bytes=_host_bytes(job, simulator, whole, receipts), disk_bytes=_disk_bytes(whole.parts), decisions=decisions,
+        host_peak_bytes=host_bytes,
+        disk_bytes=_disk_bytes(whole.parts, simulator.store_bytes if settings["memory.cache_base"] else 0), decisions=decisions,
         num_steps=num_steps,
         alternatives=alternatives, fallbacks=fallbacks, tokens_per_second=speed.tokens_per_second, speed_basis=speed.basis,
-        notes=_notes(job, room), longest_length=longest, seconds=round(time.perf_counter() - started, 3),
+        notes=(*_notes(job, room), *_streaming_notes(job, simulator, found.candidate, host_bytes)), longest_length=longest, seconds=round(time.perf_counter() - started, 3),
     )
 
 
@@ -167,6 +171,7 @@ def workload(job: Job, attention: str, batch: int) -> Workload:
     return Workload(
         config=job.config, architecture=job.architecture, selection=job.selection, precision=job.precision, device=job.device,
         attention=attention, batch=batch, packed=job.recipe.data.packing, ragged=job.rows.ragged, dropout=job.recipe.lora.dropout,
+        dequantise_once=job.recipe.memory.dequantise_once,
     )
 
 
@@ -185,8 +190,21 @@ def _facts(job: Job, budget: Budget) -> Facts:
         num_parameters=job.architecture.num_parameters, num_layers=job.architecture.num_layers,
         attentions=(wanted,) if wanted != "auto" else job.architecture.attentions, num_train_rows=rows.num_train,
         num_validation_rows=rows.num_validation, max_length=rows.max_length, max_length_reason=rows.max_length_reason,
-        data_format=rows.format, data_format_reason=rows.format_reason,
+        data_format=rows.format, data_format_reason=rows.format_reason, tied_embeddings=job.architecture.tied_embeddings,
+        streamable=is_streamable(job.architecture), stream_from=_stream_from(job),
     )
+
+
+def is_streamable(architecture: Architecture) -> bool:
+    """Whether a base is of the kind that is quantised, kept and brought to the device layer by layer."""
+    return not architecture.unquantised_expert_parameters and architecture.stored_quantisation is None
+
+
+def _stream_from(job: Job) -> str:
+    """RAM where it holds the whole 4-bit base, with as much again for what waits there; else the disk. A CPU's slots are in RAM."""
+    device = job.device
+    enough = 2 * job.architecture.quantised_bytes <= device.host_free_bytes
+    return "ram" if device.kind == "cuda" and enough else "disk"
 
 
 def _fit(simulator: Simulator, options: Options, room: Room, sketch: bool) -> tuple[Found, int, Simulated]:
@@ -194,17 +212,34 @@ def _fit(simulator: Simulator, options: Options, room: Room, sketch: bool) -> tu
     refused: set[Candidate] = set()
 
     def fits(candidate: Candidate) -> bool:
-        return candidate not in refused and room.holds(simulator.tensors(candidate))
+        if candidate in refused:
+            return False
+        try:
+            return room.holds(simulator.tensors(candidate))
+        except ModelError:
+            if not candidate.placement.schedules:
+                raise
+            return False  # layers that have something to do with each other beside the hidden states
 
     while True:
         found = search(options, fits)
         tokens = next((n for n in _GENERATION_TOKENS if room.holds(simulator.generation(found.candidate, n))), 0)
         if sketch:
             return found, tokens, simulator.sketch(found.candidate, tokens)
+        found = replace(found, candidate=_finished(found, simulator, fits))
         whole = simulator.whole(found.candidate, tokens)
         if not found.fits or sum(_parts(whole, room).values()) <= room.budget.bytes:
             return found, tokens, whole
         refused.add(found.candidate)
+
+
+def _finished(found: Found, simulator: Simulator, fits: Callable[[Candidate], bool]) -> Candidate:
+    """Where several micro-batches go through a streamed layer in one visit, its weights are dequantised once, if that fits."""
+    candidate, wanted = found.candidate, simulator.workload.dequantise_once
+    if not (found.fits and candidate.placement.streams) or wanted is False:
+        return candidate
+    once = replace(candidate, placement=replace(candidate.placement, dequantise_once=True))
+    return once if simulator.workload.batch > candidate.micro_batch and fits(once) else candidate
 
 
 def _shorter_length(simulator: Simulator, options: Options, room: Room) -> int | None:
@@ -258,16 +293,32 @@ def _generation_decision(num_tokens: int) -> Decision:
     return Decision(num_tokens, "derived", "as many tokens of answers at once as fit beside the weights")
 
 
-def _host_bytes(job: Job, simulator: Simulator, whole: Simulated, receipts: Receipts) -> int:
-    """The program, the rows and, on a CPU, the tensors; on a GPU what passes through RAM on its way there."""
-    tensors = max(whole.phases.values()) if job.device.kind == "cpu" else simulator.loading_host_bytes
-    return program_bytes(job.device, receipts) + job.rows.host_bytes + tensors
+def _host_bytes(job: Job, simulator: Simulator, whole: Simulated, candidate: Candidate, receipts: Receipts) -> int:
+    """The program, the rows and, on a CPU, the tensors; on a GPU what passes through RAM on its way there, and what waits there."""
+    on_cpu = job.device.kind == "cpu"
+    tensors = max(whole.phases.values()) if on_cpu else simulator.loading_host_bytes
+    waiting = 0 if on_cpu else simulator.waiting_bytes(candidate)
+    return program_bytes(job.device, receipts) + job.rows.host_bytes + max(tensors, waiting)
 
 
-def _disk_bytes(parts: Mapping[str, int]) -> int:
-    """Checkpoints with adapter and optimizer state, and the adapter itself."""
-    return _NUM_CHECKPOINTS * (parts.get("adapters", 0) + parts.get("optimizer", 0)) + parts.get("adapters", 0)
+def _disk_bytes(parts: Mapping[str, int], base_bytes: int) -> int:
+    """Checkpoints with adapter and optimizer state, the adapter itself, and the quantised base where it is kept."""
+    return _NUM_CHECKPOINTS * (parts.get("adapters", 0) + parts.get("optimizer", 0)) + parts.get("adapters", 0) + base_bytes
 
 
 def _notes(job: Job, room: Room) -> tuple[str, ...]:
     return (*job.selection.notes, f"The margin is {room.margin.reason}.")
+
+
+def _streaming_notes(job: Job, simulator: Simulator, candidate: Candidate, host_bytes: int) -> tuple[str, ...]:
+    """What is streamed, and what that takes beside the device."""
+    placement, num_layers = candidate.placement, job.architecture.num_layers
+    if not placement.streams:
+        return ()
+    num_streamed = num_layers - placement.resident_layers
+    source = "RAM" if placement.stream_from == "ram" else "disk"
+    needs = f"{format_bytes(simulator.store_bytes)} of disk for the quantised base, kept for the next run"
+    if job.device.kind == "cuda":
+        needs += f", and {format_bytes(host_bytes)} of RAM"
+    return (f"{num_streamed} of {num_layers} layers, {format_bytes(simulator.streamed_bytes(candidate))}, are streamed from {source}. "
+            f"That takes {needs}.",)

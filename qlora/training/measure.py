@@ -170,6 +170,7 @@ def _run(setup: Setup, meter: Any, folder: Path, rows: list[dict[str, Any]]) -> 
     """The flow of `qlora.training.run.train`, with each phase measured by itself. `rows` receives the steps' figures."""
     from qlora.generation import answer
     from qlora.training import stages
+    from qlora.training.building import build_model
     from qlora.training.metrics_file import MetricsFile
 
     progress, settings = Progress(), setup.plan.settings

@@ -99,7 +99,7 @@ def _receipt(setup: Setup) -> Receipt:
     return Receipt(
         device=device.name, kind=device.kind, model=plan.model, planned={}, measured={}, capability=device.capability,
         allocator=allocator_name(device), os=platform.system(), versions=library_versions(),
-        settings={key: value for key, value in plan.settings.items() if key.partition(".")[0] in ("lora", "memory", "train")},
+        settings={key: value for key, value in plan.settings.items() if key.partition(".")[0] in ("lora", "memory", "train") or key == "data.max_length"},
     )
 
 

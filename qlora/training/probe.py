@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from qlora.data import TokenRow
+    from qlora.engine.install import Engine
     from qlora.training.setup import Setup
 
 NUM_STEPS = 2  # optimizer state is there from the second on
@@ -42,7 +43,9 @@ class Meter(Protocol):
     def during(self, phase: str) -> AbstractContextManager[None]: ...
 
 
-def probe(setup: Setup, model: PeftModel, ladder: Ladder, folder: Path, meter: Meter, tell: Callable[[str], None]) -> None:
+def probe(
+    setup: Setup, model: PeftModel, engine: Engine, ladder: Ladder, folder: Path, meter: Meter, tell: Callable[[str], None]
+) -> None:
     """Go through everything with the longest rows, one rung of the ladder lower each time that memory runs out.
 
     Phases are measured by their plain names as planned, and as "train@1" and so on on lower rungs.
@@ -62,7 +65,7 @@ def probe(setup: Setup, model: PeftModel, ladder: Ladder, folder: Path, meter: M
             rung = ladder.rung
             try:
                 _go_through(
-                    setup, model, ladder, folder, lambda phase: meter.during(f"{phase}@{rung}" if rung else phase), tell
+                    setup, model, engine, ladder, folder, lambda phase: meter.during(f"{phase}@{rung}" if rung else phase), tell
                 )
             except DivergedError:
                 return  # training will meet it, and say in which step
@@ -85,12 +88,12 @@ def probe(setup: Setup, model: PeftModel, ladder: Ladder, folder: Path, meter: M
 
 
 def _go_through(
-    setup: Setup, model: PeftModel, ladder: Ladder, folder: Path, during: Callable[[str], AbstractContextManager[None]],
+    setup: Setup, model: PeftModel, engine: Engine, ladder: Ladder, folder: Path, during: Callable[[str], AbstractContextManager[None]],
     tell: Callable[[str], None],
 ) -> None:
     scratch = folder / ".trial"
     with during("train"):
-        trainer = _trainer(setup, model, ladder, folder)
+        trainer = _trainer(setup, model, engine, ladder, folder)
         trainer.train()
     try:
         if setup.data.validation:
@@ -109,15 +112,18 @@ def _go_through(
         trainer.accelerator.free_memory()
 
 
-def _trainer(setup: Setup, model: PeftModel, ladder: Ladder, folder: Path) -> AdapterTrainer:
+def _trainer(setup: Setup, model: PeftModel, engine: Engine, ladder: Ladder, folder: Path) -> AdapterTrainer:
     """The run's own trainer, over the worst batch again and again. At a learning rate of 0 nothing can get out of hand."""
     settings = setup.plan.settings
-    accumulation = min(_NUM_MICRO_BATCHES, settings["train.accumulation"])
+    # Where the engine takes all micro-batches of a step through a layer at once, it is all of them that need room.
+    whole_steps = engine.schedule is not None and engine.schedule.whole_steps
+    accumulation = settings["train.accumulation"] if whole_steps else min(_NUM_MICRO_BATCHES, settings["train.accumulation"])
     trainer = build_trainer(
         model, setup.tokenizer, _worst_batches(setup, NUM_STEPS * accumulation), None, folder=folder, ladder=ladder,
         settings={**settings, "train.accumulation": accumulation, "train.max_steps": NUM_STEPS, "train.epochs": 1,
                   "train.learning_rate": 0.0, "train.eval_every": 0, "train.report_to": ()},
         precision=setup.precision, device=setup.device, num_steps=NUM_STEPS,
+        engine=engine,
     )
     trainer.may_step_down = False  # a lower rung is tried from the beginning
     trainer.args.train_sampling_strategy = "sequential"  # shuffled, a batch might have the longest row several times

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,17 +19,22 @@ import torch
 
 from qlora import _compat
 from qlora.architecture import TargetSelection
+from qlora.engine.install import Engine, install
+from qlora.engine.placement import Placement
 from qlora.generation import TOKENS_PER_BATCH, rows_at_once
 from qlora.hardware import Device
 from qlora.model.adapt import add_adapters
 from qlora.model.exact import make_exact
-from qlora.model.meta import build_base_on_meta, quantisation_tensors
+from qlora.model.meta import build_base_on_meta
 from qlora.planning.autocast import AutocastOnMeta
-from qlora.planning.kernels import cublas_workspace_bytes, cuda_functions, cuda_temporaries
-from qlora.planning.kernels_cpu import cpu_attention_kernel, cpu_temporaries
-from qlora.planning.loading import record_loading
+from qlora.planning.kernels import cuda_functions
+from qlora.planning.kernels_cpu import cpu_attention_kernel
+from qlora.planning.loading import record_loading, record_streamed_loading
 from qlora.planning.trace import Event, Recorder
 from qlora.precision import Precision, torch_dtype
+from qlora.training.meta_tensors import (
+    ON_HOST, PAGED, hold_workspaces, lengthen, mark_loss, number, on_device, prompt, stream_on_meta, temporaries, track_weights,
+)
 from qlora.training.trainer import AdapterTrainer, as_dataset, build_trainer
 
 if TYPE_CHECKING:
@@ -93,7 +99,7 @@ def rehearse(
         brief: one micro-batch with gradients and optimizer state in place, instead of two steps that make them. The peaks are
             the same; the history that the allocator sees is not.
     """
-    recorder = Recorder("meta", _temporaries(device), ragged=batches.masked)
+    recorder = Recorder("meta", temporaries(device), ragged=batches.masked)
     state = random.getstate(), torch.get_rng_state()
     on_gpu = device.kind == "cuda"
     functions = cuda_functions(device.capability) if on_gpu else {"scaled_dot_product_attention": cpu_attention_kernel()}
@@ -103,12 +109,18 @@ def rehearse(
             base = build_base_on_meta(
                 config, precision=precision, attention=settings["model.attention"], num_layers=num_layers
             )
-            if "load" in phases:
+            placement, layers_path = Placement.from_settings(settings), selection.architecture.layers_path
+            stream = stream_on_meta(base, placement, layers_path) if placement.streams else None
+            if "load" in phases and stream is not None:
+                record_streamed_loading(recorder, base, [*stream.blocks, *on_device(base, placement)], on_cpu=not on_gpu)
+            elif "load" in phases:
                 record_loading(recorder, base, warm_up=on_gpu, on_cpu=not on_gpu, device_bytes=device.memory_bytes)
             model = _adapt(base, selection, precision, device, settings)
-            stage = _Stage(model, recorder, precision, settings, batches)
+            with recorder, recorder.during(phases[0], "workspace"):
+                engine = install(model, placement, layers_path=layers_path, device="meta", stream=stream, simulates_gpu=on_gpu)
+            stage = _Stage(model, recorder, precision, settings, batches, engine)
             with recorder:
-                _hold_workspaces(recorder, device)
+                hold_workspaces(recorder, device)
                 if brief:
                     stage.skip_ahead(with_gradients="train" in phases and batches.accumulation > 1)
                 for phase in (phase for phase in phases if phase != "load"):
@@ -117,24 +129,31 @@ def rehearse(
     finally:
         random.setstate(state[0])
         torch.set_rng_state(state[1])
-    return [event for event in recorder.trace() if event.part != "paged"]
+    return [event for event in recorder.trace() if event.part not in (PAGED, ON_HOST)]
 
 
 class _Stage:
     """A trainer with a model on meta, and one method for each phase."""
 
     def __init__(
-        self, model: PeftModel, recorder: Recorder, precision: Precision, settings: Mapping[str, Any], batches: Batches
+        self, model: PeftModel, recorder: Recorder, precision: Precision, settings: Mapping[str, Any], batches: Batches,
+        engine: Engine,
     ):
         self.model, self.recorder, self.batches, self.precision = model, recorder, batches, precision
+        self.engine, self.schedule = engine, engine.schedule
         self.steps = (1, min(2, batches.accumulation))  # micro-batches of each
-        self.trainer = _trainer(model, precision, settings, batches)
+        self.trainer = _trainer(model, precision, settings, batches, engine)
+        if self.schedule is not None:
+            self.schedule.autocast = self.autocast
+            if self.schedule.whole_steps:
+                self.steps = (self.steps[1],) * 2
+                self.schedule.num_phantoms = max(0, batches.accumulation - 2)
         self.trainer.current_gradient_accumulation_steps = batches.accumulation  # what its training loop sets
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.paged = settings["train.optimizer"].startswith("paged")
         self.optimizer = _optimizer(self.trainer, self.trainable)
-        _track_weights(recorder, model)
-        _mark_loss(recorder, model)
+        track_weights(recorder, model, engine)
+        mark_loss(recorder, model)
 
     def autocast(self) -> AbstractContextManager:
         """What the trainer's compute_loss_context_manager stands for, on meta."""
@@ -146,9 +165,10 @@ class _Stage:
         self.optimizer.step()
         self._track_optimizer()
         self.model.zero_grad()
-        if with_gradients:
+        whole_steps = self.schedule is not None and self.schedule.whole_steps
+        if with_gradients and not whole_steps:
             self._make_gradients()
-        self.steps = (1,)
+        self.steps = self.steps[1:] if whole_steps else (1,)
 
     def train(self) -> None:
         """Optimizer steps; from the second on there is optimizer state, and from its second micro-batch on gradients."""
@@ -160,27 +180,47 @@ class _Stage:
             self.model.gradient_checkpointing_enable(options)
         for num_micro_batches in self.steps:
             # The trainer fetches all micro-batches of a step before the first one.
-            for inputs in [self._inputs() for _ in range(num_micro_batches)]:
-                self.recorder.switch("train:forward", "activations")
-                with self.autocast():
-                    loss = self.trainer.compute_loss(self.model, inputs, num_items_in_batch=_number())
-                loss.backward()
-                del loss, inputs
-                for parameter in self.trainable:
-                    self.recorder.track(parameter.grad, "gradients")
+            self._run([partial(self._learn, self._inputs()) for _ in range(num_micro_batches)])
+            for parameter in self.trainable:
+                self._track_of_adapters(parameter.grad, "gradients")
             self.recorder.switch("train:optimizer", "workspace")
             torch.nn.utils.clip_grad_norm_(self.trainable, self.trainer.args.max_grad_norm, foreach=False)
             self.optimizer.step()
             self._track_optimizer()
             self.model.zero_grad()
 
+    def _learn(self, inputs: dict[str, Any]) -> None:
+        """What the trainer does with a micro-batch."""
+        self.recorder.switch("train:forward", "activations")
+        with self.autocast():
+            loss = self.trainer.compute_loss(self.model, dict(inputs), num_items_in_batch=number())
+        loss.backward()
+        del loss
+        if self.schedule is None:
+            for parameter in self.trainable:
+                self.recorder.track(parameter.grad, "gradients")
+
+    def _run(self, calls: list[Callable[[], None]]) -> None:
+        """The micro-batches of a step, one after the other or by the engine's schedule."""
+        if self.schedule is not None:
+            self.schedule.step(calls)
+            return
+        while calls:
+            calls.pop(0)()
+
     def eval(self) -> None:
-        """One batch of held-out rows, as `AdapterTrainer.measure` does it."""
+        """A batch of held-out rows, or as many as the engine takes at once, as `AdapterTrainer.measure` does it."""
         self.model.eval()
-        inputs = self._inputs()
+        whole_steps = self.schedule is not None and self.schedule.whole_steps
+        batches = [self._inputs() for _ in range(self.steps[-1] if whole_steps else 1)]
         self.recorder.switch(part="activations")
         with torch.no_grad(), self.autocast():
-            self.trainer.compute_loss(self.model, inputs, num_items_in_batch=_number())
+            calls = [partial(self.trainer.compute_loss, self.model, inputs, num_items_in_batch=number()) for inputs in batches]
+            del batches
+            if self.schedule is not None:
+                self.schedule.forward(calls)
+            else:
+                calls[0]()
 
     def generate(self) -> None:
         """A prompt and a long answer, as `qlora.generation.answer` batches them: first and last token."""
@@ -189,13 +229,13 @@ class _Stage:
         self.model.eval()
         self.recorder.ragged = rows > 1 and (self.batches.ragged or self.batches.packed)
         with torch.no_grad():
-            out = self.model(**_prompt(rows, prompt_tokens), use_cache=True, logits_to_keep=1)
+            out = self.model(**prompt(rows, prompt_tokens), use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             out.logits[:, -1].to(torch.float32, copy=True)
             del out
             self.recorder.switch("generate:last token")
-            _lengthen(cache, _GENERATED_TOKENS)
-            step = _prompt(rows, 1, seen=prompt_tokens + _GENERATED_TOKENS)
+            lengthen(cache, _GENERATED_TOKENS)
+            step = prompt(rows, 1, seen=prompt_tokens + _GENERATED_TOKENS)
             self.model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def save(self) -> None:
@@ -208,12 +248,14 @@ class _Stage:
 
         import bitsandbytes as bnb
 
+        layers = self.model.get_base_model().get_submodule(self.engine.layers_path)
         with torch.no_grad():
-            for module in self.model.modules():
-                if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), bnb.nn.Linear4bit):
-                    weight = module.get_base_layer().weight
-                    full = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-                    full + module.get_delta_weight("default").to(full.dtype)
+            for position in self.engine.walk():
+                for module in layers[position].modules():
+                    if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), bnb.nn.Linear4bit):
+                        weight = module.get_base_layer().weight
+                        full = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+                        full + module.get_delta_weight("default").to(full.dtype)
 
     def _inputs(self) -> dict[str, torch.Tensor]:
         with self.recorder.during(part="activations"):
@@ -231,14 +273,18 @@ class _Stage:
     def _make_gradients(self) -> None:
         for parameter in self.trainable:
             parameter.grad = torch.empty_like(parameter)
-            self.recorder.track(parameter.grad, "gradients")
+            self._track_of_adapters(parameter.grad, "gradients")
+
+    def _track_of_adapters(self, tensor: torch.Tensor | None, part: str) -> None:
+        """What goes with adapters into host memory is none of the device's."""
+        self.recorder.track(tensor, ON_HOST if self.engine.placement.offload_adapters else part)
 
     def _track_optimizer(self) -> None:
         for state in self.optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor):
                     paged = self.paged and value.numel() >= _PAGED_FROM
-                    self.recorder.track(value, "paged" if paged else "optimizer")
+                    self._track_of_adapters(value, PAGED if paged else "optimizer")
 
 
 # --- building ----------------------------------------------------------------------------------------------------------
@@ -257,7 +303,7 @@ def _adapt(
 
 
 def _trainer(
-    model: PeftModel, precision: Precision, settings: Mapping[str, Any], batches: Batches
+    model: PeftModel, precision: Precision, settings: Mapping[str, Any], batches: Batches, engine: Engine
 ) -> AdapterTrainer:
     """The run's own trainer. It thinks that it is on a CPU: where it is does not change what it asks of the model."""
     settings = {**settings, "train.eval_every": 0, "train.save_every": 0, "train.max_steps": 1, "train.report_to": (),
@@ -267,7 +313,7 @@ def _trainer(
         return build_trainer(
             model, _tokenizer(), as_dataset(_rows(Batches(1, 1, 8))), None, folder=Path(folder), settings=settings,
             precision=Precision(precision.compute, precision.adapters, False, ""), device=host, num_steps=1,
-            on_row=lambda row: None,
+            on_row=lambda row: None, engine=engine,
         )
 
 
@@ -297,71 +343,3 @@ def _optimizer(trainer: AdapterTrainer, trainable: list[torch.nn.Parameter]) -> 
     cls, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     options.pop("is_paged", None)
     return cls(trainable, **options)
-
-
-# --- recording ---------------------------------------------------------------------------------------------------------
-
-
-def _temporaries(device: Device) -> Mapping[Any, Callable[..., Sequence[int]]]:
-    return cpu_temporaries() if device.kind == "cpu" else cuda_temporaries(device.capability)
-
-
-def _hold_workspaces(recorder: Recorder, device: Device) -> None:
-    """cuBLAS takes one for the thread of the forward pass and one for that of the backward pass."""
-    if device.kind == "cuda":
-        for _ in range(2):
-            recorder.hold(cublas_workspace_bytes(device.capability), "cublas workspace", "workspace")
-
-
-def _track_weights(recorder: Recorder, model: PeftModel) -> None:
-    import bitsandbytes as bnb
-
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    for module in model.modules():
-        part = "head" if module is head else "embeddings" if isinstance(module, torch.nn.Embedding) else "base"
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            recorder.track(tensor, "adapters" if tensor.requires_grad else part)
-        if isinstance(module, bnb.nn.Linear4bit):
-            for tensor in quantisation_tensors(module):
-                recorder.track(tensor, "base")
-    recorder.track(embeddings.weight, "embeddings")  # where the head is tied to it, it is counted once, here
-
-
-def _mark_loss(recorder: Recorder, model: PeftModel) -> None:
-    """What is allocated between the end of the backbone and its first gradient is the loss's."""
-
-    def begins(module: Any, args: Any, output: Any) -> None:
-        hidden = output[0]
-        recorder.switch("train:loss" if hidden.requires_grad else None, "loss")
-        if hidden.requires_grad:
-            hidden.register_hook(lambda gradient: recorder.switch("train:backward", "activations"))
-
-    model.get_base_model().base_model.register_forward_hook(begins)
-
-
-def _number() -> torch.Tensor:
-    return torch.empty((), dtype=torch.long, device="meta")
-
-
-def _prompt(rows: int, num_tokens: int, seen: int | None = None) -> dict[str, torch.Tensor]:
-    def numbers(width: int) -> torch.Tensor:
-        return torch.empty((rows, width), dtype=torch.long, device="meta")
-
-    # `generate` gives each row positions of its own, for which models keep one rotation a row.
-    return {
-        "input_ids": numbers(num_tokens), "position_ids": numbers(num_tokens), "attention_mask": numbers(seen or num_tokens),
-    }
-
-
-def _lengthen(cache: Any, num_tokens: int) -> None:
-    """The cache as it is `num_tokens` later, less the one that comes next. A sliding window keeps what it looks back on."""
-    for layer in cache.layers:
-        window = getattr(layer, "sliding_window", None)
-        if hasattr(layer, "cumulative_length"):
-            layer.cumulative_length += num_tokens - 1
-        for name in ("keys", "values"):
-            tensor = getattr(layer, name, None)
-            if isinstance(tensor, torch.Tensor) and tensor.ndim == 4:
-                rows, heads, length, width = tensor.shape
-                length += num_tokens - 1
-                setattr(layer, name, tensor.new_empty(rows, heads, min(length, window - 1) if window else length, width))

@@ -56,7 +56,7 @@ class RowWriter(TrainerCallback):
             step = self.trainer.step
             row.update(
                 loss=logs["loss"], grad_norm=logs.get("grad_norm"), learning_rate=logs.get("learning_rate"),
-                token_accuracy=logs.get("mean_token_accuracy"), tokens=step.tokens, trained_tokens=step.trained_tokens,
+                token_accuracy=logs.get("mean_token_accuracy", step.correct_tokens / max(1, step.trained_tokens)), tokens=step.tokens, trained_tokens=step.trained_tokens,
                 tokens_per_second=round(step.tokens / max(1e-9, self.last_step_seconds), 1),
                 seconds=round(time.perf_counter() - self.began, 3), memory_bytes=used_memory_bytes(self.device),
             )

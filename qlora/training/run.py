@@ -15,6 +15,7 @@ from qlora.errors import DivergedError, InterruptedRun, OutputError, PushError
 from qlora.evaluation import Evaluation, exact_match
 from qlora.progress import Progress
 from qlora.recipe import Recipe
+from qlora.training.building import build_model
 from qlora.training.meter import planned_phases, run_receipt, trial_receipt
 from qlora.training.metrics_file import MetricsFile
 from qlora.training.preflight import check_machine, refuse, warnings
@@ -24,13 +25,14 @@ from qlora.training.session import (
     Clock, Session, failures_explained, how_to_go_on, lock, make_session, open_metrics, watching_memory, write_down,
 )
 from qlora.training.setup import prepare, refuse_what_does_not_fit
-from qlora.training.stages import assemble, build_model, keep_last_good, save_adapter, verify, verify_unchanged
+from qlora.training.stages import assemble, keep_last_good, save_adapter, verify, verify_unchanged
 from qlora.training.stopping import Stopper
 from qlora.units import format_bytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from qlora.engine.install import Engine
     from qlora.planning.receipts import Receipt
     from qlora.results.report import RunSummary
     from qlora.training.trainer import AdapterTrainer
@@ -94,21 +96,21 @@ def run(session: Session) -> RunResult:
     write_down(session)
     with failures_explained(session):
         with watching_memory(session) as trial:
-            model = clock.time("load", lambda: build_model(setup, progress))
-            base = clock.time("verify", lambda: verify(setup, model))
+            model, engine = clock.time("load", lambda: build_model(setup, progress))
+            base = clock.time("verify", lambda: verify(setup, model, engine))
             if session.begun:
                 refuse_another_base(session.begun, base, progress)
-            clock.time("try out", lambda: try_out(session, model, trial))
+            clock.time("try out", lambda: try_out(session, model, engine, trial))
         keep_trial(session, trial)
         with open_metrics(session) as metrics:
             stopper = Stopper(progress.note)
-            trainer = assemble(setup, model, session.folder, on_row=metrics.add, ladder=session.ladder, tell=session.tell,
+            trainer = assemble(setup, model, engine, session.folder, on_row=metrics.add, ladder=session.ladder, tell=session.tell,
                                look=stopper.look)
             before = clock.time("evaluate before", lambda: evaluate_before(session, trainer))
             clock.time("train", lambda: run_steps(session, trainer, metrics, stopper, base))
         keep_the_best(session, model, metrics.rows)
         after = clock.time("evaluate after", lambda: evaluate(session, trainer, "after"))
-        clock.time("verify", lambda: verify_unchanged(model, base, session.folder))
+        clock.time("verify", lambda: verify_unchanged(model, engine, base, session.folder))
         adapter = save_adapter(model, setup, session.folder / "adapter")
     summary = write_results(session, model, metrics.rows, before, after)
     return RunResult(
@@ -120,12 +122,12 @@ def run(session: Session) -> RunResult:
 # --- the stages of a session, one after the other --------------------------------------------------------------------------
 
 
-def try_out(session: Session, model: PeftModel, trial: Any) -> None:
+def try_out(session: Session, model: PeftModel, engine: Engine, trial: Any) -> None:
     """The worst batch of this data goes through everything that follows."""
     from qlora.training.probe import probe
 
     with session.progress.stage("Trying out the longest rows"):
-        probe(session.setup, model, session.ladder, session.folder, trial, session.tell)
+        probe(session.setup, model, engine, session.ladder, session.folder, trial, session.tell)
 
 
 def keep_trial(session: Session, trial: Any) -> None:

@@ -88,8 +88,10 @@ def save_adapter_files(model: PeftModel, folder: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    # The adapter's own tensors alone: PEFT would else ask every 4-bit layer for its state, and streamed ones have none at hand.
+    adapter = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), state_dict=adapter, save_embedding_layers=False)
     except SafetensorError as error:  # it tells a full disk in words only
         raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from qlora._compat import expandable_segments
-from qlora.architecture import Architecture, TargetSelection
+from qlora.architecture import Architecture, TargetSelection, lora_parameters
 from qlora.catalog.skeleton import build_skeleton, layer_kinds
+from qlora.engine.placement import resident_numbers
 from qlora.errors import ModelError, QloraError
 from qlora.hardware import Device
 from qlora.home import cache_home
 from qlora.planning.allocator import live_peaks, parts_at_peak, replay, slack_bytes
 from qlora.planning.cache import remembered
 from qlora.planning.depth import depths_to_simulate, extend
-from qlora.planning.loading import loading_host_bytes
+from qlora.planning.loading import block_sizes, loading_host_bytes
 from qlora.planning.search import Candidate
 from qlora.precision import Precision
 
@@ -36,6 +38,7 @@ class Workload:
         ragged: whether rows that share a batch differ in length.
         dropout: of the adapters.
         in_parts: micro-batches are parts of larger ones, and keep their padding: a row may be padded although it is alone.
+        dequantise_once: as a person has set it; a search does not look at it.
     """
 
     config: PreTrainedConfig = field(repr=False)
@@ -49,6 +52,7 @@ class Workload:
     ragged: bool
     dropout: float
     in_parts: bool = False
+    dequantise_once: Literal["auto"] | bool = "auto"
 
 
 @dataclass(frozen=True)
@@ -86,15 +90,46 @@ class Simulator:
 
     def tensors(self, candidate: Candidate) -> int:
         """Highest tensor memory of loading, training and evaluation."""
-        return max(self.loading(), *self._quick(candidate, ("train", "eval"), 0).values())
+        return max(self.loading(candidate), *self._quick(candidate, ("train", "eval"), 0).values())
 
-    def loading(self) -> int:
-        """Highest tensor memory while the base is loaded, the same for all candidates."""
-        return self._quick(_ANY, ("load",), 0)["load"]
+    def loading(self, candidate: Candidate) -> int:
+        """Highest tensor memory while the base is loaded; it depends on where the base goes."""
+        return self._quick(replace(_ANY, placement=candidate.placement), ("load",), 0)["load"]
 
     def generation(self, candidate: Candidate, num_tokens: int) -> int:
         """Highest tensor memory while answers are written, in batches of up to so many tokens."""
         return self._quick(candidate, ("generate",), num_tokens)["generate"]
+
+    @functools.cached_property
+    def layer_bytes(self) -> tuple[int, ...]:
+        """What each layer's block takes, in a slot and in the store."""
+        return tuple(self._remember("layers", _ANY, 0, lambda: block_sizes(self.workload.config, self.workload.precision)))
+
+    @property
+    def store_bytes(self) -> int:
+        """What the quantised base takes on a disk."""
+        architecture = self.workload.architecture
+        return sum(self.layer_bytes) + 2 * (architecture.embedding_parameters + architecture.head_parameters)
+
+    def streamed_bytes(self, candidate: Candidate) -> int:
+        """Of the layers that do not stay on the device."""
+        if not candidate.placement.streams:
+            return 0
+        return sum(self.layer_bytes) - self._resident_bytes(candidate)
+
+    def waiting_bytes(self, candidate: Candidate) -> int:
+        """RAM for what a GPU fetches from there: layers, hidden states, and adapters with gradients and optimizer."""
+        placement, work = candidate.placement, self.workload
+        layers = self.streamed_bytes(candidate) if placement.stream_from == "ram" else 2 * max(self.layer_bytes) * placement.streams
+        rows = work.batch if placement.streams else candidate.micro_batch
+        width = work.architecture.hidden_size * (4 if work.precision.compute == "fp32" else 2)
+        states = (work.architecture.num_layers + 2) * rows * candidate.max_length * width if placement.offload_activations else 0
+        adapters = 16 * lora_parameters(work.selection, candidate.r) if placement.offload_adapters else 0
+        return layers + states + adapters
+
+    def _resident_bytes(self, candidate: Candidate) -> int:
+        numbers = resident_numbers(len(self.layer_bytes), candidate.placement.resident_layers)
+        return sum(self.layer_bytes[number] for number in numbers)
 
     def whole(self, candidate: Candidate, generation_tokens: int) -> Simulated:
         """Every phase at full depth, with the allocator's history.
@@ -116,7 +151,7 @@ class Simulator:
 
     def sketch(self, candidate: Candidate, generation_tokens: int) -> Simulated:
         """The same from the two shallow models: right to a percent, in a fraction of the time."""
-        phases = {"load": self.loading(), **self._quick(candidate, ("train", "eval"), 0),
+        phases = {"load": self.loading(candidate), **self._quick(candidate, ("train", "eval"), 0),
                   **self._quick(candidate, ("generate",), generation_tokens)}
 
         def work_out() -> dict[str, int]:
@@ -142,13 +177,17 @@ class Simulator:
         return free, slack
 
     def _quick(self, candidate: Candidate, phases: tuple[str, ...], generation_tokens: int) -> dict[str, int]:
+        resident = 0
+        if candidate.placement.streams:  # in shallow models no layer is resident; each that is takes its block more
+            resident = self._resident_bytes(candidate)
+            candidate = replace(candidate, placement=replace(candidate.placement, resident_layers=0))
+
         def moments(num_layers: int | None) -> dict[str, int]:
             found = live_peaks(self._rehearse(candidate, generation_tokens, phases=phases, num_layers=num_layers, brief=True))
             return {moment: peak for moment, peak in found.items() if moment.partition(":")[0] in phases}
 
-        return self._remember(
-            "-".join(phases), candidate, generation_tokens, lambda: _by_phase(self._extended(moments))
-        )
+        peaks = self._remember("-".join(phases), candidate, generation_tokens, lambda: _by_phase(self._extended(moments)))
+        return {phase: peak + resident for phase, peak in peaks.items()}
 
     def _extended(self, at_depth: Callable[[int | None], dict[str, int]]) -> dict[str, int]:
         """Values at full depth, from two shallow models where the layers allow it."""
@@ -171,6 +210,7 @@ class Simulator:
             "lora.r": candidate.r, "lora.alpha": candidate.r, "lora.dropout": work.dropout,
             "memory.checkpointing": candidate.checkpointing, "train.optimizer": candidate.optimizer,
             "model.attention": work.attention, "data.packing": work.packed, **_WITHOUT_EFFECT,
+            **candidate.placement.to_settings(work.architecture.num_layers),
         }
         self.num_simulated += 1
         try:

@@ -1,4 +1,4 @@
-"""The stages of a run, one function each: build, verify, assemble, judge, keep."""
+"""The stages of a run after it is built, one function each: verify, assemble, judge, keep."""
 
 from __future__ import annotations
 
@@ -11,44 +11,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qlora.durable import sync_folder, sync_tree
 from qlora.errors import DivergedError, OutputError, VerificationError
 from qlora.evaluation import Evaluation
-from qlora.hardware import limit_memory
-from qlora.progress import Progress
 from qlora.training.setup import Setup
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from qlora.engine.install import Engine
     from qlora.training.trainer import AdapterTrainer
 
 _Result = TypeVar("_Result")
 _LEAST_TOKENS = 512  # less than that is one row anyway
 
 
-def build_model(setup: Setup, progress: Progress) -> PeftModel:
-    """The 4-bit base with fresh adapters, on the device and within the budget."""
-    from qlora.model.adapt import add_adapters
-    from qlora.model.build import build_base
-    from qlora.model.exact import make_exact
-    from qlora.precision import torch_dtype
-
-    recipe, settings = setup.recipe, setup.plan.settings
-    limit_memory(setup.device, setup.plan.budget_bytes - setup.plan.parts["context"])
-    with progress.stage(f"Loading {recipe.model.base} in 4 bits"):
-        base = build_base(
-            setup.base, setup.config, device=setup.device, precision=setup.precision, weights=recipe.model.weights,
-            attention=settings["model.attention"], revision=recipe.model.revision,
-            trust_remote_code=recipe.model.trust_remote_code, seed=settings["train.seed"],
-        )
-    model = add_adapters(
-        base, setup.selection, r=settings["lora.r"], alpha=settings["lora.alpha"], dropout=settings["lora.dropout"],
-        seed=settings["train.seed"], dtype=torch_dtype(setup.precision.adapters),
-    )
-    if setup.device.kind == "cpu" and setup.precision.compute == "fp32":
-        make_exact(model)
-    return model
-
-
-def verify(setup: Setup, model: PeftModel) -> str:
+def verify(setup: Setup, model: PeftModel, engine: Engine) -> str:
     """Hold what was built against the plan; return the fingerprint of the frozen base.
 
     Raises:
@@ -61,10 +36,10 @@ def verify(setup: Setup, model: PeftModel) -> str:
     verify_adapters(
         model, setup.selection, setup.plan.settings["lora.r"], dtype=torch_dtype(setup.precision.adapters)
     )
-    return fingerprint_base(model)
+    return fingerprint_base(model, engine.walk, engine.let_go)
 
 
-def verify_unchanged(model: PeftModel, fingerprint: str, folder: Path) -> None:
+def verify_unchanged(model: PeftModel, engine: Engine, fingerprint: str, folder: Path) -> None:
     """The base after training is the base before it.
 
     Raises:
@@ -72,14 +47,14 @@ def verify_unchanged(model: PeftModel, fingerprint: str, folder: Path) -> None:
     """
     from qlora.model.build import fingerprint_base
 
-    if fingerprint_base(model) != fingerprint:
+    if fingerprint_base(model, engine.walk, engine.let_go) != fingerprint:
         raise VerificationError(
             "The frozen base changed during training, so the adapter does not belong to it.",
             f"This is a fault of the program: please report it with {folder / 'resolved.json'}.",
         )
 
 
-def assemble(setup: Setup, model: PeftModel, folder: Path, **hooks: Any) -> AdapterTrainer:
+def assemble(setup: Setup, model: PeftModel, engine: Engine, folder: Path, **hooks: Any) -> AdapterTrainer:
     """The trainer over this run's rows.
 
     Args:
@@ -97,7 +72,7 @@ def assemble(setup: Setup, model: PeftModel, folder: Path, **hooks: Any) -> Adap
         as_dataset(setup.data.train, pack_to=setup.data.max_length if packing else None),
         as_dataset(setup.data.validation) if setup.data.validation else None,
         folder=folder / "checkpoints", settings=setup.plan.settings, precision=setup.precision, device=setup.device,
-        num_steps=setup.plan.num_steps, **hooks,
+        num_steps=setup.plan.num_steps, engine=engine, **hooks,
     )
     if packing:
         verify_packing(trainer)
@@ -179,13 +154,13 @@ def make_readable(folder: Path) -> None:
 
 def keep_last_good(error: DivergedError, model: PeftModel, folder: Path) -> DivergedError:
     """Save the weights as they were before the step that failed, and say where they are."""
-    from qlora.training.saving import refuse_non_finite
+    from qlora.training.saving import refuse_non_finite, save_adapter_files
 
     kept = folder / "checkpoints" / "last-good"
     try:
         refuse_non_finite(model)
     except DivergedError:
         return error
-    model.save_pretrained(str(kept), save_embedding_layers=False)
+    save_adapter_files(model, kept)
     make_readable(kept)
     return DivergedError(f"{error.problem} The weights before that step are in {kept}.", error.fix)

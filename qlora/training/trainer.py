@@ -6,8 +6,10 @@ The only module that imports trl.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora.data import TokenRow
+    from qlora.engine.install import Engine
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -57,13 +60,17 @@ class Step:
     Attributes:
         inputs: its micro-batches so far, and `random` where the random numbers were before the first: what it takes to run it
             once more.
+        losses: of micro-batches that have been done ahead of the trainer's asking.
+        correct_tokens: of the trained ones, where the engine's loss counts them; TRL's tells by itself.
     """
 
     started: float = field(default_factory=time.perf_counter)
     tokens: int = 0
     trained_tokens: int = 0
+    correct_tokens: int = 0
     micro_batches: int = 0
     inputs: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list)
     random: dict[str, Any] = field(default_factory=random_state)
 
 
@@ -78,6 +85,7 @@ class AdapterTrainer(SFTTrainer):
         ladder: what the run may step down to; None in a trainer that is not to be helped.
         tell: told one line whenever something is done in smaller parts.
         look: called before each micro-batch and each batch of evaluation.
+        engine: what the memory engine has put into the model; None in a plain run.
 
     Attributes:
         may_step_down: off where a memory error is answered by the caller.
@@ -86,15 +94,20 @@ class AdapterTrainer(SFTTrainer):
     def __init__(
         self, *args: Any, on_row: Callable[[dict[str, Any]], None], device: Device, adapter_dtype: torch.dtype,
         ladder: Ladder | None = None, tell: Callable[[str], None] = lambda line: None,
-        look: Callable[[], Any] = lambda: None, **kwargs: Any,
+        look: Callable[[], Any] = lambda: None, engine: Engine | None = None, **kwargs: Any,
     ):
         self.step = Step()
+        self.engine = engine
+        self.schedule = engine.schedule if engine else None
+        self._fetched: list[dict[str, Any]] = []
         self.adapter_dtype = adapter_dtype
         self.ladder, self.tell, self.look = ladder, tell, look
         self.may_step_down = True
         self._skipped_steps = 0
         self._parts_in_evaluation = 1
         super().__init__(*args, **kwargs)
+        if self.schedule is not None:
+            self.schedule.autocast = self.compute_loss_context_manager
         self.remove_callback(PrinterCallback)
         self.row_writer = RowWriter(self, on_row, device)
         self.add_callback(self.row_writer)
@@ -107,14 +120,19 @@ class AdapterTrainer(SFTTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """TRL's loss, counted, and refused if it is not finite. Shapes of inputs: (rows, tokens)."""
+        """TRL's loss, or the engine's, counted, and refused if it is not finite. Shapes of inputs: (rows, tokens)."""
         labels, ids = inputs["labels"], inputs["input_ids"]
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.engine is not None and self.engine.loss is not None:
+            loss = self.engine.loss(model, inputs, num_items_in_batch)
+        else:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
             self.step.micro_batches += 1
             mask = inputs.get("attention_mask")
             self.step.tokens += ids.numel() if mask is None else int(mask.sum())
             self.step.trained_tokens += int((labels[:, 1:] != -100).sum())
+            if self.engine is not None and self.engine.loss is not None:
+                self.step.correct_tokens += int(self.engine.loss.last_correct)
             value = loss[0] if return_outputs else loss
             if not torch.isfinite(value):
                 raise DivergedError(
@@ -136,20 +154,18 @@ class AdapterTrainer(SFTTrainer):
             DivergedError: the loss or the gradient so far is not finite.
         """
         self.look()
+        if self.schedule is not None:  # it goes through all micro-batches of a step at once; the trainer is told one after the other
+            if not self.step.losses:
+                self.step.inputs = self._fetched
+                self.step.losses = self._learn_or_step_down(model, self._fetched, num_items_in_batch)
+            return self.step.losses.pop(0)
         self.step.inputs.append(inputs)
-        waiting = [inputs]
-        while True:
-            try:
-                for each in waiting:
-                    loss = self._learn(model, each, num_items_in_batch)
-                return loss
-            except (RuntimeError, MemoryError) as error:
-                if self.ladder is None or not self.may_step_down or not is_out_of_memory(error):
-                    raise
-                release(error)
-            self.step_down(f"in step {self.state.global_step + 1}")
-            self._go_back_to_the_beginning_of_the_step()
-            waiting = list(self.step.inputs)
+        return self._learn_or_step_down(model, [inputs], num_items_in_batch)[-1]
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """As the trainer does; the micro-batches of the step that comes are known from here on."""
+        self._fetched, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self._fetched, num_items
 
     def step_down(self, where: str) -> None:
         """To the ladder's next rung.
@@ -167,7 +183,7 @@ class AdapterTrainer(SFTTrainer):
 
     def apply_rung(self) -> None:
         """Do as the ladder says from now on. Parts of a micro-batch are asked for at each one; this is for the rest."""
-        if self.ladder.checkpointing and not self.args.gradient_checkpointing:
+        if self.ladder.checkpointing and not self.args.gradient_checkpointing and self.schedule is None:
             self.args.gradient_checkpointing = True  # or train() would not switch it on
             self.args.gradient_checkpointing_kwargs = dict(_CHECKPOINTING)
             self.model.gradient_checkpointing_enable(dict(_CHECKPOINTING))
@@ -175,24 +191,38 @@ class AdapterTrainer(SFTTrainer):
     def _go_back_to_the_beginning_of_the_step(self) -> None:
         self.model.zero_grad()
         set_random_state(self.step.random)
-        self.step.tokens = self.step.trained_tokens = self.step.micro_batches = 0
+        self.step.tokens = self.step.trained_tokens = self.step.correct_tokens = self.step.micro_batches = 0
 
-    def _learn(self, model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> torch.Tensor:
-        parts = split_inputs(inputs, self.ladder.num_parts) if self.ladder else [inputs]
-        return sum(self._forward_backward(model, part, num_items) for part in parts)
+    def _learn_or_step_down(
+        self, model: torch.nn.Module, batches: Sequence[dict[str, Any]], num_items: torch.Tensor | int | None
+    ) -> list[torch.Tensor]:
+        """The losses of micro-batches; when memory runs out, of all micro-batches of the step so far."""
+        while True:
+            try:
+                return self._learn(model, batches, num_items)
+            except (RuntimeError, MemoryError) as error:
+                if self.ladder is None or not self.may_step_down or not is_out_of_memory(error):
+                    raise
+                release(error)
+            self.step_down(f"in step {self.state.global_step + 1}")
+            self._go_back_to_the_beginning_of_the_step()
+            batches = self.step.inputs
 
-    def _forward_backward(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
-    ) -> torch.Tensor:
-        """The trainer's own step; the gradient so far is checked before anything uses it."""
-        loss = super().training_step(model, inputs, num_items)
+    def _learn(
+        self, model: torch.nn.Module, batches: Sequence[dict[str, Any]], num_items: torch.Tensor | int | None
+    ) -> list[torch.Tensor]:
+        """The trainer's own step for each part of each micro-batch; the gradient so far is checked before anything uses it."""
+        parts = [split_inputs(inputs, self.ladder.num_parts) if self.ladder else [inputs] for inputs in batches]
+        trainers_own = super().training_step
+        calls = [partial(trainers_own, model, part, num_items) for each in parts for part in each]
+        losses = iter(self.schedule.step(calls) if self.schedule else [call() for call in calls])
         if self.accelerator.scaler is None and not self._gradient_is_finite():
             bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
             raise DivergedError(
                 f"The gradient became non-finite {self._where(None)}, in {len(bad)} adapter weights, "
                 f"first {_short(bad[0])}.", self._advice(),
             )
-        return loss
+        return [sum(islice(losses, len(each))) for each in parts]
 
     def count_skipped_step(self) -> None:
         """fp16 only: the loss scaler skips steps whose gradient overflowed, which is normal a few times.
@@ -228,34 +258,43 @@ class AdapterTrainer(SFTTrainer):
     ) -> Evaluation:
         """Summed loss over summed tokens, through the same fused head as training, so no logits are stored."""
         loader = self.get_eval_dataloader(dataset)
-        total, num_tokens = 0.0, 0
+        total, num_tokens, done = 0.0, 0, 0
         was_training = self.model.training
         self.model.eval()
+        at_once = self.args.gradient_accumulation_steps if self.schedule and self.schedule.whole_steps else 1
+        batches = iter(loader)
         with torch.no_grad(), self.compute_loss_context_manager():
-            for done, inputs in enumerate(loader, 1):
+            while group := list(islice(batches, at_once)):
                 self.look()
-                num_tokens += int((inputs["labels"][:, 1:] != -100).sum())
-                total += self._summed_loss(dict(inputs))
+                num_tokens += sum(int((inputs["labels"][:, 1:] != -100).sum()) for inputs in group)
+                total += self._summed_loss(group)
+                done += len(group)
                 if progress:
                     progress(done, len(loader))
         self.model.train(was_training)
         return Evaluation(loss=total / max(1, num_tokens), num_tokens=num_tokens)
 
-    def _summed_loss(self, inputs: dict[str, Any]) -> float:
-        """The loss summed over the tokens of a batch; in parts where memory runs out. Training is not touched by that."""
+    def _summed_loss(self, batches: Sequence[dict[str, Any]]) -> float:
+        """The loss summed over the tokens of some batches; in parts where memory runs out. Training is not touched by that."""
         while True:
+            num_parts = self._parts_in_evaluation
+            parts = [part for inputs in batches for part in (split_inputs(inputs, num_parts) if num_parts > 1 else [inputs])]
             try:
-                # With a count of one the "mean" is the sum over the batch's tokens.
-                one = torch.ones((), device=inputs["labels"].device)
-                parts = split_inputs(inputs, self._parts_in_evaluation) if self._parts_in_evaluation > 1 else [inputs]
-                return sum(self.compute_loss(self.model, dict(part), num_items_in_batch=one).item() for part in parts)
+                calls = [partial(self._loss_of_part, part) for part in parts]
+                return sum(self.schedule.forward(calls) if self.schedule else [call() for call in calls])
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(split_inputs(inputs, 2 * self._parts_in_evaluation)) <= len(parts):
+                smaller = [part for inputs in batches for part in split_inputs(inputs, 2 * num_parts)]
+                if not is_out_of_memory(error) or len(smaller) <= len(parts):
                     raise
                 release(error)
             self._parts_in_evaluation *= 2
             self.tell(f"Memory ran out in evaluation; it goes on with batches in {self._parts_in_evaluation} parts. "
                       "Training is not touched by that.")
+
+    def _loss_of_part(self, inputs: dict[str, Any]) -> float:
+        # With a count of one the "mean" is the sum over the batch's tokens.
+        one = torch.ones((), device=inputs["labels"].device)
+        return self.compute_loss(self.model, dict(inputs), num_items_in_batch=one).item()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the trainer does; after a resume the adapters are of the run's own type again."""
@@ -305,14 +344,17 @@ def build_trainer(
     ladder: Ladder | None = None,
     tell: Callable[[str], None] = lambda line: None,
     look: Callable[[], Any] = lambda: None,
+    engine: Engine | None = None,
 ) -> AdapterTrainer:
     """A trainer that is ready to evaluate and to train. It writes nothing by itself.
 
     Args:
         folder: where the trainer believes that its output goes.
         settings: decided values by dotted name, as in `Plan.settings`.
-        on_row, ladder, tell, look: see `AdapterTrainer`.
+        on_row, ladder, tell, look, engine: see `AdapterTrainer`.
     """
+    # The engine's schedule computes activations anew by itself.
+    checkpointing = bool(settings["memory.checkpointing"]) and (engine is None or engine.schedule is None)
     eval_every = settings["train.eval_every"] if validation is not None else 0
     config = SFTConfig(
         output_dir=str(folder),
@@ -331,8 +373,8 @@ def build_trainer(
         data_seed=settings["train.seed"],
         bf16=precision.autocast and precision.compute == "bf16",
         fp16=precision.autocast and precision.compute == "fp16",
-        gradient_checkpointing=bool(settings["memory.checkpointing"]),
-        gradient_checkpointing_kwargs=dict(_CHECKPOINTING) if settings["memory.checkpointing"] else None,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs=dict(_CHECKPOINTING) if checkpointing else None,
         use_cpu=device.kind == "cpu",
         dataloader_pin_memory=device.kind == "cuda",
         eval_strategy="steps" if eval_every else "no",
@@ -353,6 +395,7 @@ def build_trainer(
     trainer = AdapterTrainer(
         model=model, args=config, train_dataset=train, eval_dataset=validation, processing_class=tokenizer,
         on_row=on_row, device=device, adapter_dtype=torch_dtype(precision.adapters), ladder=ladder, tell=tell, look=look,
+        engine=engine,
     )
     _compat.restore_adapter_dtype(trainer.model, trainer.adapter_dtype)
     if ladder is not None:

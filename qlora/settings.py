@@ -206,6 +206,10 @@ class MemorySection(Section):
     resident_layers: _Auto | _CountInt = _setting(
         "auto", "Layers that stay on the device while others are streamed. auto = as many as fit.", "auto or a whole number from 0"
     )
+    visit_micro_batches: _Auto | _PositiveInt = _setting(
+        "auto", "Micro-batches that go through a streamed layer in one visit. auto = all of a step, as far as RAM holds their hidden "
+        "states.", "auto or a whole number from 1",
+    )
     stream_from: Literal["auto", "ram", "disk"] = _setting(
         "auto", "Where streamed layers wait. auto = RAM if it holds them, else disk.", "auto, ram or disk"
     )

@@ -80,6 +80,14 @@ def find_card(text: str, memory_mib: float | None = None) -> Card:
     return replace(found[0], note=_note(found))
 
 
+def slowest_of_size(size_bytes: int) -> Card | None:
+    """The slowest card with bf16 and about so much memory, cards of notebooks only where there are no others; None where nobody
+    sells one.
+    """
+    fitting = [card for card in cards() if card.has_bf16 and abs(card.memory_mib * 2**20 / size_bytes - 1) < 0.1]
+    return min(fitting, key=lambda card: (card.laptop, card.tflops), default=None)
+
+
 # --- details ----------------------------------------------------------------------------------------------------------
 
 # Words that tell no card from another, words that may be left out or be too many, and other words for the same thing.

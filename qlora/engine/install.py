@@ -131,7 +131,7 @@ def _schedule(
         from qlora.engine.rehearsed import RehearsedSchedule as kind
     return kind(
         layers, stream, kept=kept, adapters=adapters, dense=placement.dequantise_once,
-        whole_steps=placement.streams or placement.offload_adapters,
+        at_once=placement.visit_micro_batches if placement.streams or placement.offload_adapters else 1,
     )
 
 

@@ -15,6 +15,7 @@ class Placement:
 
     Attributes:
         resident_layers: layers whose weights stay on the device; the others are streamed. None: all of them, and no schedule.
+        visit_micro_batches: micro-batches that go through a streamed layer in one visit; None is all of a step.
         stream_from: "ram" or "disk": where streamed layers come from.
         embedding_device: "device" or "host", where the input embedding is looked up.
         head_format: "resident", "streamed" (16-bit, tile by tile from the host), "int8" or "nf4" (on the device; not exact).
@@ -27,6 +28,7 @@ class Placement:
     """
 
     resident_layers: int | None = None
+    visit_micro_batches: int | None = None
     stream_from: str = "disk"
     embedding_device: str = "device"
     head_format: str = "resident"
@@ -57,6 +59,7 @@ class Placement:
         resident = num_layers if self.resident_layers is None else self.resident_layers
         return {
             "memory.streaming": self.streams, "memory.resident_layers": resident, "memory.streamed_layers": num_layers - resident,
+            "memory.visit_micro_batches": self.visit_micro_batches or "all",
             "memory.stream_from": self.stream_from, "memory.embedding_device": self.embedding_device,
             "memory.head_format": self.head_format, "memory.offload_activations": self.offload_activations,
             "memory.offload_adapters": self.offload_adapters, "memory.fused_lora": self.fused_lora,
@@ -71,10 +74,11 @@ class Placement:
             value = settings.get(f"memory.{name}", "auto")
             return default if value == "auto" else value
 
-        chunk, tile = decided("loss_chunk", "none"), decided("mlp_tile", "none")
+        chunk, tile, visit = decided("loss_chunk", "none"), decided("mlp_tile", "none"), decided("visit_micro_batches", "all")
         return cls(
             resident_layers=decided("resident_layers", 0) if decided("streaming", False) else None,
-            stream_from=decided("stream_from", "disk"), embedding_device=decided("embedding_device", "device"),
+            visit_micro_batches=None if visit == "all" else visit, stream_from=decided("stream_from", "disk"),
+            embedding_device=decided("embedding_device", "device"),
             head_format=decided("head_format", "resident"), offload_activations=decided("offload_activations", False),
             offload_adapters=decided("offload_adapters", False), fused_lora=decided("fused_lora", False),
             dequantise_once=decided("dequantise_once", False), mlp_tile_tokens=None if tile == "none" else tile,

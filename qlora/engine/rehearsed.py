@@ -18,21 +18,20 @@ class RehearsedSchedule(Schedule):
     """A schedule in which most micro-batches only take the memory that they would take between two layers.
 
     Attributes:
-        num_phantoms: how many of them stand between the first and the last call of each step or forward pass.
+        num_phantoms: how many of them stand between the first and the last call of each visit.
     """
 
     num_phantoms = 0
     _seen: Pass
 
-    def step(self, calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
-        return super().step(self._with_phantoms(calls))
+    def _step(self, calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
+        return super()._step(self._with_phantoms(calls))
 
     def forward(self, calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
         return super().forward(self._with_phantoms(calls))
 
     def _with_phantoms(self, calls: Sequence[Callable[[], _Result]]) -> list[Any]:
-        num_phantoms = self.num_phantoms if self.whole_steps else 0
-        return [calls[0], *[_PHANTOM] * num_phantoms, *calls[1:]]
+        return [calls[0], *[_PHANTOM] * self.num_phantoms, *calls[1:]]
 
     def _record(self, position: int, call: Any) -> Pass:
         if call is not _PHANTOM:

@@ -42,17 +42,16 @@ class Schedule:
         autocast: entered around each layer, as the trainer's is around the model.
         adapters: where adapters live in host memory.
         dense: dequantise a layer's weights once a visit.
-        whole_steps: all micro-batches of a step go through each visit; else one at a time, which is what layers that live on the
-            device want.
+        at_once: micro-batches that go through each visit; None is all of a step. One is what layers that live on the device want.
     """
 
     def __init__(
         self, layers: Sequence[torch.nn.Module], stream: Stream, *, kept: Any = None,
         autocast: Callable[[], AbstractContextManager] = nullcontext, adapters: HostAdapters | None = None, dense: bool = False,
-        whole_steps: bool = True,
+        at_once: int | None = None,
     ):
         self.layers, self.stream = list(layers), stream
-        self.autocast, self.whole_steps = autocast, whole_steps
+        self.autocast, self.at_once = autocast, at_once
         self._kept = kept or OnDevice()
         self._adapters, self._dense = adapters, dense
         self._originals = [layer.forward for layer in self.layers]
@@ -76,9 +75,8 @@ class Schedule:
         Returns:
             What the calls returned.
         """
-        if not self.whole_steps:
-            return [result for call in calls for result in self._step([call])]
-        return self._step(calls)
+        at_once = self.at_once or len(calls)
+        return [result for i in range(0, len(calls), at_once) for result in self._step(calls[i : i + at_once])]
 
     def forward(self, calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
         """The forward pass of some batches, without gradients; see `step`."""

@@ -34,6 +34,7 @@ _WORTH_KEEPING = 500_000_000  # parameters, from which on quantising takes longe
 _PLAIN = {
     "streaming": "the model fits without it", "resident_layers": "all {layers} stay on the device",
     "streamed_layers": "all {layers} stay on the device", "stream_from": "nothing is streamed",
+    "visit_micro_batches": "a layer is visited once a step, forward and back",
     "embedding_device": "beside the layers", "head_format": "as the loss wants it, in 16 bits",
     "offload_activations": "there is room for them on the device", "offload_adapters": "there is room for them on the device",
     "fused_lora": "PEFT's own backward pass fits", "dequantise_once": "a layer is not used often enough in a visit",
@@ -41,6 +42,7 @@ _PLAIN = {
 }
 _ENGINE = {
     "streaming": "the layers do not all fit on the device", "resident_layers": "as many as fit beside the rest",
+    "visit_micro_batches": "RAM does not hold the hidden states of more",
     "streamed_layers": "the others take turns in two slots", "stream_from": "RAM holds them, and is faster than a disk",
     "embedding_device": "its rows are looked up where they are, and the table stays off the device",
     "head_format": "brought to the device tile by tile, because whole it does not fit beside the rest",
@@ -181,6 +183,8 @@ def _placed(recipe: Recipe, facts: Facts, placement: Placement) -> dict[str, Dec
             decisions[key] = Decision(value, "default", _PLAIN[name].format(layers=facts.num_layers))
         else:
             decisions[key] = Decision(value, "derived", _ENGINE[name])
+    if placement.streams and not recipe.is_given("train.sample_rows"):
+        decisions["train.sample_rows"] = Decision(0, "derived", "each token of an answer would take every layer to the device once more")
     if recipe.memory.cache_base == "auto":
         keeps = placement.streams or (recipe.model.weights == "pretrained" and facts.num_parameters >= _WORTH_KEEPING)
         reason = ("streamed layers come from there" if placement.streams else "the next start takes seconds" if keeps

@@ -67,6 +67,8 @@ def _as_given(placement: Placement, recipe: Recipe, stream_from: str) -> Placeme
                                         "dequantise_once") if (value := getattr(memory, name)) != "auto"}
     if placement.streams and memory.resident_layers != "auto":
         changes["resident_layers"] = memory.resident_layers
+    if placement.streams and memory.visit_micro_batches != "auto":
+        changes["visit_micro_batches"] = memory.visit_micro_batches
     if memory.mlp_tile != "auto":
         changes["mlp_tile_tokens"] = None if memory.mlp_tile == "none" else memory.mlp_tile
     if memory.loss_chunk != "auto":

@@ -53,7 +53,7 @@ class Streaming:
 
     Attributes:
         source: "ram" or "disk", where streamed layers come from.
-        tokens_per_visit: of all micro-batches of a step together; None where the settings do not tell.
+        tokens_per_visit: of all micro-batches of a visit together; None where the settings do not tell.
     """
 
     resident_layers: int
@@ -72,7 +72,9 @@ class Streaming:
         streamed, resident = settings.get("memory.streamed_layers"), settings.get("memory.resident_layers")
         if not _is_count(streamed) or streamed == 0:
             return None
-        factors = [settings.get("train.micro_batch"), settings.get("train.accumulation", 1), settings.get("data.max_length")]
+        visit = settings.get("memory.visit_micro_batches", "all")
+        micro_batches = settings.get("train.accumulation", 1) if visit == "all" else visit
+        factors = [settings.get("train.micro_batch"), micro_batches, settings.get("data.max_length")]
         tokens = math.prod(factors) if all(_is_count(factor) and factor for factor in factors) else None
         source = "ram" if settings.get("memory.stream_from") == "ram" else "disk"
         return cls(resident if _is_count(resident) else 0, streamed, source, tokens)

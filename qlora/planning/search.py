@@ -171,7 +171,8 @@ def last_ranks(lowest: int) -> tuple[int, ...]:
 
 
 def largest_length(need: Callable[[int], int], room_bytes: int, low: int, high: int, step: int = 64) -> int:
-    """The longest length from `low` to `high` whose need is within the room, to a multiple of `step`; `low` must be.
+    """The longest length from `low` to `high` whose need is within the room, to a multiple of `step` or to a hundredth, whichever is
+    more; `low` must be.
 
     The need is close to a line, so the crossing is looked for where a line through the two ends has it, and the ends are
     drawn together; each need is a simulation.
@@ -180,8 +181,10 @@ def largest_length(need: Callable[[int], int], room_bytes: int, low: int, high: 
     if high <= low or needs[high] <= room_bytes:
         return max(low, high)
     while high - low > step:
-        share = (room_bytes - needs[low]) / (needs[high] - needs[low])
-        guess = round((low + (high - low) * share) / step) * step
+        crossing = low + (high - low) * (room_bytes - needs[low]) / (needs[high] - needs[low])
+        if len(needs) > 2 and max(step, crossing - low) <= low / 100:
+            break
+        guess = round(crossing / step) * step
         # A step inside of either end, so that a crossing next to an end is pinned from both sides.
         guess = max(low + 1, min(high - 1, max(low // step * step + step, min(guess, (high - 1) // step * step))))
         if guess in needs:

@@ -11,11 +11,11 @@ import functools
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora.architecture import Architecture, lora_parameters, select_targets
-from qlora.catalog.cards import find_card
+from qlora.catalog.cards import find_card, slowest_of_size
 from qlora.errors import HardwareError, ModelError
 from qlora.hardware import Device
 from qlora.planning.receipts import Receipts
@@ -71,6 +71,8 @@ def estimate_speed(
         link: to host memory, where it is not the one that the card's table has.
         disk_gb_s: of the disk that layers are streamed from, in GB/s; None takes that of an NVMe drive, and says so.
     """
+    if not device.present and device.kind == "cuda" and device.tflops is None:
+        return _for_the_slowest(architecture, settings, device)
     flops = flops_per_token(architecture, settings)
     streaming = Streaming.of(settings)
     measured = receipts.tokens_per_second(device, architecture.name, flops, streaming) if receipts is not None else None
@@ -95,6 +97,16 @@ def flops_per_token(architecture: Architecture, settings: Mapping[str, Any]) -> 
 
 
 # --- details ----------------------------------------------------------------------------------------------------------
+
+
+def _for_the_slowest(architecture: Architecture, settings: Mapping[str, Any], device: Device) -> Speed:
+    """Of a card of which only the size is known: the slowest that is sold with it."""
+    card = slowest_of_size(device.memory_bytes)
+    if card is None:
+        return Speed(None, f"{device.name} is not in the table of cards")
+    named = replace(device, name=card.name, tflops=card.tflops, bandwidth=card.bandwidth, capability=card.capability)
+    found = estimate_speed(architecture, settings, named)
+    return replace(found, basis=f"the slowest card of this size being the {card.name}: {found.basis}")
 
 
 def _arithmetic(architecture: Architecture, settings: Mapping[str, Any], device: Device, flops: float) -> Speed:

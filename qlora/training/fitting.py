@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora._compat import expandable_segments
 from qlora.architecture import Architecture, TargetSelection
@@ -13,7 +13,7 @@ from qlora.errors import ModelError
 from qlora.generation import TOKENS_PER_BATCH
 from qlora.hardware import Device
 from qlora.planning.allocator import slack_bytes
-from qlora.planning.budget import Budget, find_budget, program_bytes
+from qlora.planning.budget import PROGRAM_BYTES, Budget, find_budget, program_bytes
 from qlora.planning.choose import Facts, choose, find_options
 from qlora.planning.plan import PARTS, Decision, Fallback, Plan
 from qlora.planning.receipts import Margin, Receipts
@@ -24,7 +24,7 @@ from qlora.progress import Progress
 from qlora.recipe import Recipe
 from qlora.training.alternatives import find_alternatives
 from qlora.training.simulator import Simulated, Simulator, Workload
-from qlora.units import format_bytes
+from qlora.units import GIB, format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # Batches of generation to choose from, in tokens; 0 is one row at a time.
 _GENERATION_TOKENS = (TOKENS_PER_BATCH, 2048, 1024, 512, 0)
 _SHORTEST_LENGTH, _LONGEST_LENGTH = 128, 131_072
+# Of a machine's RAM: what a run may keep there for a GPU, and the part of that for the layers.
+_HOST_SHARE, _LAYERS_SHARE = 0.75, 0.8
 # Checkpoints that are on disk at once: two that are kept, and one that is being written.
 _NUM_CHECKPOINTS = 3
 
@@ -172,6 +174,7 @@ def workload(job: Job, attention: str, batch: int) -> Workload:
         config=job.config, architecture=job.architecture, selection=job.selection, precision=job.precision, device=job.device,
         attention=attention, batch=batch, packed=job.recipe.data.packing, ragged=job.rows.ragged, dropout=job.recipe.lora.dropout,
         dequantise_once=job.recipe.memory.dequantise_once,
+        host_bytes=_host_room(job) if job.device.kind == "cuda" else None,
     )
 
 
@@ -201,10 +204,16 @@ def is_streamable(architecture: Architecture) -> bool:
 
 
 def _stream_from(job: Job) -> str:
-    """RAM where it holds the whole 4-bit base, with as much again for what waits there; else the disk. A CPU's slots are in RAM."""
-    device = job.device
-    enough = 2 * job.architecture.quantised_bytes <= device.host_free_bytes
-    return "ram" if device.kind == "cuda" and enough else "disk"
+    """RAM where it holds the whole 4-bit base and leaves room for what else waits there; else the disk. A CPU's slots are in RAM."""
+    enough = job.architecture.quantised_bytes <= _LAYERS_SHARE * _host_room(job)
+    return "ram" if job.device.kind == "cuda" and enough else "disk"
+
+
+def _host_room(job: Job) -> int:
+    """RAM for what a GPU fetches from there. Counted from all that the machine has: what happens to be free is looked at when a run
+    begins (`qlora.training.preflight`).
+    """
+    return max(0, int(_HOST_SHARE * job.device.host_bytes) - PROGRAM_BYTES - job.rows.host_bytes)
 
 
 def _fit(simulator: Simulator, options: Options, room: Room, sketch: bool) -> tuple[Found, int, Simulated]:
@@ -234,12 +243,25 @@ def _fit(simulator: Simulator, options: Options, room: Room, sketch: bool) -> tu
 
 
 def _finished(found: Found, simulator: Simulator, fits: Callable[[Candidate], bool]) -> Candidate:
-    """Where several micro-batches go through a streamed layer in one visit, its weights are dequantised once, if that fits."""
-    candidate, wanted = found.candidate, simulator.workload.dequantise_once
-    if not (found.fits and candidate.placement.streams) or wanted is False:
+    """As many micro-batches a visit as RAM holds the hidden states of; where several go through a streamed layer in one visit, its
+    weights are dequantised once, if that fits.
+    """
+    candidate, work = found.candidate, simulator.workload
+    if not (found.fits and candidate.placement.streams):
         return candidate
-    once = replace(candidate, placement=replace(candidate.placement, dequantise_once=True))
-    return once if simulator.workload.batch > candidate.micro_batch and fits(once) else candidate
+    num_micro_batches = -(-work.batch // candidate.micro_batch)
+    if candidate.placement.visit_micro_batches is None and work.host_bytes is not None:
+        # As few visits as can be, and as equal.
+        sizes = dict.fromkeys(-(-num_micro_batches // visits) for visits in range(2, num_micro_batches + 1))
+        tried = [candidate, *(_placed(candidate, visit_micro_batches=size) for size in sizes)]
+        candidate = next((each for each in tried if simulator.waiting_bytes(each) <= work.host_bytes), tried[-1])
+    once = _placed(candidate, dequantise_once=True)
+    several = num_micro_batches > 1 and candidate.placement.visit_micro_batches != 1
+    return once if work.dequantise_once == "auto" and several and fits(once) else candidate
+
+
+def _placed(candidate: Candidate, **changes: Any) -> Candidate:
+    return replace(candidate, placement=replace(candidate.placement, **changes))
 
 
 def _shorter_length(simulator: Simulator, options: Options, room: Room) -> int | None:

@@ -115,9 +115,10 @@ def _go_through(
 def _trainer(setup: Setup, model: PeftModel, engine: Engine, ladder: Ladder, folder: Path) -> AdapterTrainer:
     """The run's own trainer, over the worst batch again and again. At a learning rate of 0 nothing can get out of hand."""
     settings = setup.plan.settings
-    # Where the engine takes all micro-batches of a step through a layer at once, it is all of them that need room.
-    whole_steps = engine.schedule is not None and engine.schedule.whole_steps
-    accumulation = settings["train.accumulation"] if whole_steps else min(_NUM_MICRO_BATCHES, settings["train.accumulation"])
+    # Where the engine takes several micro-batches through a layer at once, it is all of them that need room.
+    accumulation = settings["train.accumulation"]
+    if engine.schedule is None or engine.schedule.at_once == 1:
+        accumulation = min(_NUM_MICRO_BATCHES, accumulation)
     trainer = build_trainer(
         model, setup.tokenizer, _worst_batches(setup, NUM_STEPS * accumulation), None, folder=folder, ladder=ladder,
         settings={**settings, "train.accumulation": accumulation, "train.max_steps": NUM_STEPS, "train.epochs": 1,

@@ -122,7 +122,7 @@ def rehearse(
             with recorder:
                 hold_workspaces(recorder, device)
                 if brief:
-                    stage.skip_ahead(with_gradients="train" in phases and batches.accumulation > 1)
+                    stage.skip_ahead(with_gradients="train" in phases)
                 for phase in (phase for phase in phases if phase != "load"):
                     with recorder.during(phase, "activations"):
                         getattr(stage, phase)()
@@ -143,11 +143,14 @@ class _Stage:
         self.engine, self.schedule = engine, engine.schedule
         self.steps = (1, min(2, batches.accumulation))  # micro-batches of each
         self.trainer = _trainer(model, precision, settings, batches, engine)
+        self.at_once, self.sees_gradients = 1, batches.accumulation > 1  # micro-batches a visit; whether a later one finds gradients
         if self.schedule is not None:
+            at_once = min(self.schedule.at_once or batches.accumulation, batches.accumulation)
+            self.sees_gradients = batches.accumulation > at_once
+            self.at_once = self.schedule.at_once = min(2, at_once)
+            self.steps = (self.at_once, self.at_once * (1 + self.sees_gradients))
+            self.schedule.num_phantoms = max(0, at_once - 2)
             self.schedule.autocast = self.autocast
-            if self.schedule.whole_steps:
-                self.steps = (self.steps[1],) * 2
-                self.schedule.num_phantoms = max(0, batches.accumulation - 2)
         self.trainer.current_gradient_accumulation_steps = batches.accumulation  # what its training loop sets
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.paged = settings["train.optimizer"].startswith("paged")
@@ -165,10 +168,9 @@ class _Stage:
         self.optimizer.step()
         self._track_optimizer()
         self.model.zero_grad()
-        whole_steps = self.schedule is not None and self.schedule.whole_steps
-        if with_gradients and not whole_steps:
+        if with_gradients and self.sees_gradients:
             self._make_gradients()
-        self.steps = self.steps[1:] if whole_steps else (1,)
+        self.steps = (self.at_once,)
 
     def train(self) -> None:
         """Optimizer steps; from the second on there is optimizer state, and from its second micro-batch on gradients."""
@@ -211,8 +213,7 @@ class _Stage:
     def eval(self) -> None:
         """A batch of held-out rows, or as many as the engine takes at once, as `AdapterTrainer.measure` does it."""
         self.model.eval()
-        whole_steps = self.schedule is not None and self.schedule.whole_steps
-        batches = [self._inputs() for _ in range(self.steps[-1] if whole_steps else 1)]
+        batches = [self._inputs() for _ in range(self.at_once)]
         self.recorder.switch(part="activations")
         with torch.no_grad(), self.autocast():
             calls = [partial(self.trainer.compute_loss, self.model, inputs, num_items_in_batch=number()) for inputs in batches]

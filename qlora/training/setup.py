@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,8 @@ def prepare(
     if plan is None:
         job = Job(recipe, device, precision, config, architecture, selection, rows_of(recipe, data))
         plan = make_plan(job, progress, look_around=look_around)
+    if not plan.settings["train.sample_rows"]:
+        data = replace(data, samples=[])
     return Setup(recipe, base, device, precision, config, architecture, tokenizer, data, selection, plan, notes)
 
 

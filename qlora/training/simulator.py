@@ -39,6 +39,7 @@ class Workload:
         dropout: of the adapters.
         in_parts: micro-batches are parts of larger ones, and keep their padding: a row may be padded although it is alone.
         dequantise_once: as a person has set it; a search does not look at it.
+        host_bytes: RAM for what waits there; None is any.
     """
 
     config: PreTrainedConfig = field(repr=False)
@@ -53,6 +54,7 @@ class Workload:
     dropout: float
     in_parts: bool = False
     dequantise_once: Literal["auto"] | bool = "auto"
+    host_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ class Simulator:
         """RAM for what a GPU fetches from there: layers, hidden states, and adapters with gradients and optimizer."""
         placement, work = candidate.placement, self.workload
         layers = self.streamed_bytes(candidate) if placement.stream_from == "ram" else 2 * max(self.layer_bytes) * placement.streams
-        rows = work.batch if placement.streams else candidate.micro_batch
+        at_once = placement.visit_micro_batches or -(-work.batch // candidate.micro_batch)
+        rows = candidate.micro_batch * (at_once if placement.streams else 1)
         width = work.architecture.hidden_size * (4 if work.precision.compute == "fp32" else 2)
         states = (work.architecture.num_layers + 2) * rows * candidate.max_length * width if placement.offload_activations else 0
         adapters = 16 * lora_parameters(work.selection, candidate.r) if placement.offload_adapters else 0

@@ -261,7 +261,7 @@ class AdapterTrainer(SFTTrainer):
         total, num_tokens, done = 0.0, 0, 0
         was_training = self.model.training
         self.model.eval()
-        at_once = self.args.gradient_accumulation_steps if self.schedule and self.schedule.whole_steps else 1
+        at_once = (self.schedule.at_once or self.args.gradient_accumulation_steps) if self.schedule else 1
         batches = iter(loader)
         with torch.no_grad(), self.compute_loss_context_manager():
             while group := list(islice(batches, at_once)):

@@ -146,10 +146,13 @@ class Binding:
 
     def release(self, device: torch.device | str) -> None:
         """Leave the layer without weights: empty tensors, so that a use by mistake fails at once and never computes with another
-        layer's numbers.
+        layer's numbers. Single numbers become NaN, in host memory, because a model's state_dict() asks for them.
         """
         for place, entry in zip(self._places, self.layout.entries, strict=True):
-            place.put(torch.empty(0, dtype=entry.torch_dtype, device=device))
+            if entry.shape == () and entry.torch_dtype.is_floating_point:
+                place.put(torch.tensor(math.nan, dtype=entry.torch_dtype))
+            else:
+                place.put(torch.empty(0, dtype=entry.torch_dtype, device=device))
 
 
 def _places(module: torch.nn.Module) -> Iterator[Place]:

@@ -6,6 +6,8 @@ page. Where that is refused, as WSL does beyond a small share of RAM, the memory
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from qlora.engine.arena import aligned_block
@@ -19,7 +21,8 @@ class HostMemory:
     """
 
     def __init__(self, device: torch.device | str):
-        self._locks = torch.device(device).type == "cuda"
+        self._device = torch.device(device)
+        self._locks = self._device.type == "cuda"
         self._registered: list[torch.Tensor] = []
         self.num_pageable_bytes = 0
 
@@ -47,4 +50,7 @@ class HostMemory:
         if int(refused) == 0:
             self._registered.append(block)
             return True
+        # CUDA remembers the refusal as its latest error, and the next kernel would be blamed for it: one that does nothing takes it.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self._device)
         return False

@@ -8,6 +8,8 @@ forward again, so whatever it does, (1 + w) or w, before or after rounding, its 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -88,31 +90,38 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
-        made = []
-        for part, of_part in zip(_parts(x), _parts(gradient), strict=True):
+
+        def slope(part: torch.Tensor, of_part: torch.Tensor) -> torch.Tensor:
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 y = plain_forward(ctx.norm, part)
-            made.append(torch.autograd.grad(y, part, of_part)[0])
-            del y
-        return _whole(made, x.shape), None
+            return torch.autograd.grad(y, part, of_part)[0]
+
+        return _in_parts(slope, x, gradient), None
 
 
 def normalised(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What the norm's class gives, without a graph."""
     with torch.no_grad():
-        return _whole([plain_forward(norm, part) for part in _parts(x)], x.shape)
+        return _in_parts(lambda part: plain_forward(norm, part), x)
 
 
-def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Rows of the last dimension, some at a time; as it is where it is small."""
-    if x.numel() <= _AT_ONCE:
-        return (x,)
-    return x.reshape(-1, x.shape[-1]).split(max(1, _AT_ONCE // x.shape[-1]))
-
-
-def _whole(parts: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts).view(shape)
+def _in_parts(compute: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """What is computed for each row of the last dimension, some rows at a time; at once where the tensors are small. On meta two
+    parts are made, because one takes what the next one takes.
+    """
+    shape = tensors[0].shape
+    if tensors[0].numel() <= _AT_ONCE:
+        return compute(*tensors)
+    rows = max(1, _AT_ONCE // shape[-1])
+    parts = zip(*(tensor.reshape(-1, shape[-1]).split(rows) for tensor in tensors), strict=True)
+    whole = None
+    for i, part in enumerate(islice(parts, 2) if tensors[0].is_meta else parts):
+        made = compute(*part)
+        if whole is None:
+            whole = made.new_empty((shape.numel() // shape[-1], shape[-1]))
+        whole[i * rows : i * rows + len(made)] = made
+    return whole.view(shape)
 
 
 def plain_forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

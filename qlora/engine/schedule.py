@@ -15,7 +15,7 @@ The model's own code stays in charge of all that is not a layer. It is run twice
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -161,8 +161,9 @@ class Schedule:
             hidden = get((number, position))
             self._kept.soon((number, position + 1))
             each.random.append(_random_state(hidden.device))
+            shared = _sizes_of_containers(each.arguments[number])
             output = self._compute(number, each, hidden)
-            _refuse_shared_state(each.arguments[number][1])
+            _refuse_shared_state(shared, _sizes_of_containers(each.arguments[number]))
             self._kept.keep((number + 1, position), output)
 
     def _go_backward(self, number: int, passes: Sequence[Pass]) -> None:
@@ -250,12 +251,19 @@ def _gradient_of(hidden: torch.Tensor) -> torch.Tensor:
     return hidden.grad if hidden.grad is not None else torch.zeros_like(hidden)
 
 
-def _refuse_shared_state(kwargs: dict[str, Any]) -> None:
+def _sizes_of_containers(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> list[tuple[str, int]]:
+    """Of what a layer is called with, all that it could put something into; transformers' own kinds are not all of them dicts."""
+    args, kwargs = arguments
+    named = [*((f"argument {number}", value) for number, value in enumerate(args, 2)), *kwargs.items()]
+    return [(name, len(value)) for name, value in named if isinstance(value, MutableMapping | MutableSequence | MutableSet)]
+
+
+def _refuse_shared_state(before: list[tuple[str, int]], after: list[tuple[str, int]]) -> None:
     """
     Raises:
         ModelError: a layer left something for later layers, whose gradient would be lost.
     """
-    shared = [name for name, value in kwargs.items() if isinstance(value, dict) and value]
+    shared = [name for (name, size), (_, now) in zip(before, after, strict=True) if size != now]
     if shared:
         raise ModelError(
             f"This model's layers hand {shared[0]} to later ones beside the hidden states, so they cannot be visited by themselves.",

@@ -185,7 +185,8 @@ class Stream:
         if slot is None or next_use(slot) <= wanted:
             return None
         if slot.wait is not None:  # on its way for nothing: the order has changed
-            slot.wait()
+            wait, slot.wait, slot.layer = slot.wait, None, None
+            wait()
         slot.layer, slot.wait = number, self._source.fetch(number, slot.block[: self._bindings[number].layout.size_bytes])
         self.num_loads[number] += 1
         return slot

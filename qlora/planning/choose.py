@@ -108,7 +108,7 @@ def find_options(recipe: Recipe, facts: Facts) -> tuple[Options, Choice]:
         last_ranks=last_ranks(ranks[0]) if recipe.lora.r == "auto" else (),
         placements=placements_for(
             recipe, on_gpu=on_gpu, tied_embeddings=facts.tied_embeddings, num_layers=facts.num_layers,
-            streamable=facts.streamable, stream_from=facts.stream_from,
+            streamable=facts.streamable, stream_from=facts.stream_from, scaled_loss=facts.precision.autocast,
         ),
         num_resident=residents_for(recipe, facts.num_layers),
     )

@@ -16,24 +16,26 @@ from qlora.units import MIB, parse_size
 if TYPE_CHECKING:
     from qlora.recipe import Recipe
 
-_LOSS_CHUNK, _SMALL_LOSS_CHUNK = 64 * MIB, 16 * MIB
+_LOSS_CHUNK, _SMALL_LOSS_CHUNK = 128 * MIB, 16 * MIB
 _MLP_TILE = 1024  # tokens; products of so many rows keep a GPU busy
 
 
 def placements_for(
     recipe: Recipe, *, on_gpu: bool, tied_embeddings: bool, num_layers: int, streamable: bool, stream_from: str,
+    scaled_loss: bool = False,
 ) -> tuple[Placement, ...]:
     """The placements that a recipe allows, the one that changes least first.
 
     Args:
         streamable: the model's layers can be brought to the device one by one.
         stream_from: what `auto` stands for.
+        scaled_loss: fp16 scales its gradients, which torch does on one device alone: adapters cannot be on another.
 
     Raises:
         RecipeError: settings that contradict each other.
     """
     memory = recipe.memory
-    _refuse_contradictions(recipe, num_layers, streamable)
+    _refuse_contradictions(recipe, num_layers, streamable, scaled_loss)
     host_table = {} if tied_embeddings else {"embedding_device": "host"}
     offload = {"offload_activations": on_gpu}
     fused = Placement(fused_lora=True)
@@ -45,8 +47,8 @@ def placements_for(
         head_format="streamed",
     )
     if streamable and memory.streaming is not False:
-        found += [streaming, replace(streaming, fused_lora=True, loss_chunk_bytes=_LOSS_CHUNK), least,
-                  replace(least, offload_adapters=True)]
+        found += [streaming, replace(streaming, fused_lora=True, loss_chunk_bytes=_LOSS_CHUNK), least]
+        found += [replace(least, offload_adapters=True)] if not scaled_loss else []
     wants_streaming = memory.streaming is True or (memory.resident_layers != "auto" and memory.resident_layers < num_layers)
     if wants_streaming:
         found = [each for each in found if each.streams]
@@ -82,7 +84,7 @@ def _as_given(placement: Placement, recipe: Recipe, stream_from: str) -> Placeme
     return placement
 
 
-def _refuse_contradictions(recipe: Recipe, num_layers: int, streamable: bool) -> None:
+def _refuse_contradictions(recipe: Recipe, num_layers: int, streamable: bool, scaled_loss: bool) -> None:
     memory = recipe.memory
     wants = memory.streaming is True or (memory.resident_layers != "auto" and memory.resident_layers < num_layers)
     if memory.resident_layers != "auto" and memory.resident_layers > num_layers:
@@ -98,3 +100,6 @@ def _refuse_contradictions(recipe: Recipe, num_layers: int, streamable: bool) ->
     if memory.head_format not in ("auto", "resident") and memory.loss_chunk == "none":
         raise RecipeError(f"memory.head_format is {memory.head_format}, which TRL's loss cannot use.",
                           "Leave memory.loss_chunk out, or give it a size.")
+    if memory.offload_adapters is True and scaled_loss:
+        raise RecipeError("memory.offload_adapters is true, but fp16 scales its gradients on the card, and adapters must be there too.",
+                          "Leave memory.offload_adapters out on this card.")

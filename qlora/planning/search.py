@@ -38,7 +38,7 @@ class Options:
         last_ranks: tried, largest first, only where the lowest of `ranks` does not fit.
         spare_micro_batches: larger ones than speed has much use for, for the room that is left at the end.
         placements: what the memory engine may do, from nothing to all it can. Those that stream begin with no layer resident, and
-            as many as fit, up to `num_resident`, stay on the device in the end.
+            as many as fit, of `num_resident`, stay on the device in the end: see `with_residents`.
     """
 
     ranks: tuple[int, ...]
@@ -118,13 +118,14 @@ def search(options: Options, fits: Callable[[Candidate], bool]) -> Found:
         if rows > candidate.micro_batch:
             candidate = replace(candidate, micro_batch=rows)
             reasons["micro_batch"] = "there is room for more rows at once"
-    if candidate.placement.streams:
-        candidate = _use_what_is_left(candidate, options, ok)
     return Found(candidate, True, reasons, len(tried))
 
 
-def _use_what_is_left(candidate: Candidate, options: Options, ok: Callable[[Candidate], bool]) -> Candidate:
-    """As many layers on the device as fit."""
+def with_residents(candidate: Candidate, options: Options, ok: Callable[[Candidate], bool]) -> Candidate:
+    """As many of the layers on the device as fit, where they are streamed."""
+    if not candidate.placement.streams:
+        return candidate
+
     def with_resident(count: int) -> Candidate:
         return replace(candidate, placement=replace(candidate.placement, resident_layers=count))
 

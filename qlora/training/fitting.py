@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora._compat import expandable_segments
 from qlora.architecture import Architecture, TargetSelection
+from qlora.engine.placement import Placement
 from qlora.errors import ModelError
 from qlora.generation import TOKENS_PER_BATCH
 from qlora.hardware import Device
@@ -17,7 +18,7 @@ from qlora.planning.budget import PROGRAM_BYTES, Budget, find_budget, program_by
 from qlora.planning.choose import Facts, choose, find_options
 from qlora.planning.plan import PARTS, Decision, Fallback, Plan
 from qlora.planning.receipts import Margin, Receipts
-from qlora.planning.search import Candidate, Found, Options, largest_length, search
+from qlora.planning.search import Candidate, Found, Options, largest_length, search, with_residents
 from qlora.planning.speed import estimate_speed
 from qlora.precision import Precision
 from qlora.progress import Progress
@@ -123,11 +124,13 @@ def make_plan(job: Job, progress: Progress | None = None, *, look_around: bool =
     facts = _facts(job, room.budget)
     options, batch = find_options(job.recipe, facts)
     simulator = Simulator(workload(job, facts.attentions[0], batch.value))
-    if job.rows.shrinkable and (length := _shorter_length(simulator, options, room)):
-        facts = replace(facts, max_length=length, max_length_reason="no data yet; the longest rows that fit, up to 2,048 tokens")
-        options, batch = find_options(job.recipe, facts)
     with (progress or Progress()).stage(f"Planning {job.recipe.model.base}"):
         found, generation_tokens, whole = _fit(simulator, options, room, sketch)
+        if not found.fits and job.rows.shrinkable and (length := _shorter_length(simulator, options, room)):
+            reason = "no data yet; the longest rows that fit, up to 2,048 tokens"
+            facts = replace(facts, max_length=length, max_length_reason=reason)
+            options, batch = find_options(job.recipe, facts)
+            found, generation_tokens, whole = _fit(simulator, options, room, sketch)
     decisions, num_steps = choose(job.recipe, facts, found, batch)
     decisions["memory.generation_tokens"] = _generation_decision(generation_tokens)
     settings = {key: decision.value for key, decision in decisions.items()}
@@ -144,7 +147,8 @@ def make_plan(job: Job, progress: Progress | None = None, *, look_around: bool =
         disk_bytes=_disk_bytes(whole.parts, simulator.store_bytes if settings["memory.cache_base"] else 0), decisions=decisions,
         num_steps=num_steps,
         alternatives=alternatives, fallbacks=fallbacks, tokens_per_second=speed.tokens_per_second, speed_basis=speed.basis,
-        notes=(*_notes(job, room), *_streaming_notes(job, simulator, found.candidate, host_bytes)), longest_length=longest, seconds=round(time.perf_counter() - started, 3),
+        notes=(*_notes(job, room), *_streaming_notes(job, simulator, found.candidate, host_bytes)), longest_length=longest,
+        seconds=round(time.perf_counter() - started, 3),
     )
 
 
@@ -221,7 +225,7 @@ def _fit(simulator: Simulator, options: Options, room: Room, sketch: bool) -> tu
     refused: set[Candidate] = set()
 
     def fits(candidate: Candidate) -> bool:
-        if candidate in refused:
+        if candidate in refused or not room.holds(_weights_bytes(simulator.workload.architecture, candidate.placement)):
             return False
         try:
             return room.holds(simulator.tensors(candidate))
@@ -232,19 +236,25 @@ def _fit(simulator: Simulator, options: Options, room: Room, sketch: bool) -> tu
 
     while True:
         found = search(options, fits)
+        found = replace(found, candidate=_finished(found, simulator, options, fits))
         tokens = next((n for n in _GENERATION_TOKENS if room.holds(simulator.generation(found.candidate, n))), 0)
         if sketch:
             return found, tokens, simulator.sketch(found.candidate, tokens)
-        found = replace(found, candidate=_finished(found, simulator, fits))
         whole = simulator.whole(found.candidate, tokens)
         if not found.fits or sum(_parts(whole, room).values()) <= room.budget.bytes:
             return found, tokens, whole
         refused.add(found.candidate)
 
 
-def _finished(found: Found, simulator: Simulator, fits: Callable[[Candidate], bool]) -> Candidate:
-    """As many micro-batches a visit as RAM holds the hidden states of; where several go through a streamed layer in one visit, its
-    weights are dequantised once, if that fits.
+def _weights_bytes(architecture: Architecture, placement: Placement) -> int:
+    """What a base takes on the device at the least: a plan that cannot hold it need not be simulated."""
+    layers = 0 if placement.streams else architecture.quantised_bytes
+    return layers + 2 * architecture.embedding_parameters * (placement.embedding_device == "device")
+
+
+def _finished(found: Found, simulator: Simulator, options: Options, fits: Callable[[Candidate], bool]) -> Candidate:
+    """What streaming leaves to decide: as many micro-batches a visit as RAM holds the hidden states of; where several go through a
+    layer in one visit, weights that are dequantised once; then as many layers on the device as fit beside that.
     """
     candidate, work = found.candidate, simulator.workload
     if not (found.fits and candidate.placement.streams):
@@ -257,7 +267,9 @@ def _finished(found: Found, simulator: Simulator, fits: Callable[[Candidate], bo
         candidate = next((each for each in tried if simulator.waiting_bytes(each) <= work.host_bytes), tried[-1])
     once = _placed(candidate, dequantise_once=True)
     several = num_micro_batches > 1 and candidate.placement.visit_micro_batches != 1
-    return once if work.dequantise_once == "auto" and several and fits(once) else candidate
+    if work.dequantise_once == "auto" and several and fits(once):
+        candidate = once
+    return with_residents(candidate, options, fits)
 
 
 def _placed(candidate: Candidate, **changes: Any) -> Candidate:

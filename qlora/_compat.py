@@ -4,7 +4,9 @@ library's code: these are settings and corrections of our own objects.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,9 @@ def prepare_environment() -> None:
     - TOKENIZERS_PARALLELISM: silences the warning about forks; rows are tokenised before any worker starts.
     - PYTORCH_ALLOC_CONF: segments that grow, so that little of a small card is lost between blocks; torch has them off. Not on
       Windows and WSL, where they are missing or slow. The plan simulates what is set here (`expandable_segments`).
+    - THP_MEM_ALLOC_ENABLE: on Linux torch (2.11 to 2.13) then asks for large pages for tensors in RAM, not by itself.
+      4-bit weights are dequantised into new memory each time, and two thirds of that was the handing out of small pages: 66 ms
+      of a CPU's time became 20 ms for 4096 x 14336 numbers (AMD EPYC), beside a product that takes 280 ms for 512 tokens.
     - DISABLE_SAFETENSORS_CONVERSION: transformers (5.17 to 5.23) asks a Space of the Hub to convert a model that has only pickled
       weights, from a thread of its own; such a model is refused, and nobody asked for the request.
     - CUDA_VISIBLE_DEVICES: one card, the fastest or the first that the user names. transformers' trainer takes every card
@@ -34,7 +39,16 @@ def prepare_environment() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def give_back_freed_memory() -> None:
+    """Return what malloc keeps of freed memory to the system, where it is glibc's: small tensors that come and go leave holes
+    (0.17 GiB of 1.07 after two steps of four layers of an 8B, torch 2.13 and glibc 2.36).
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
+        trim(0)
 
 
 def expandable_segments(*, windows: bool) -> bool:

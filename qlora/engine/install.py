@@ -12,6 +12,7 @@ from qlora.engine.boundaries import OnDevice, OnHost, OnSimulatedHost
 from qlora.engine.placement import Placement
 from qlora.engine.schedule import Schedule
 from qlora.engine.stream import AllThere, Stream
+from qlora.errors import ModelError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,7 +31,7 @@ class Engine:
         loss: in the place of TRL's; None where that is used, and the model's own head with it, which else is `head`.
         layers_path: where the stack of layers is in the base.
         stream: the layers' weights.
-        let_go: gives back the memory of what was read of a mapped file.
+        store: where the base came from and parts of it go on coming from; None where nothing does.
         notes: what could not be done in some module, one line each.
     """
 
@@ -40,8 +41,13 @@ class Engine:
     loss: LanguageModelLoss | None = None
     head: Head | None = None
     stream: Stream | AllThere = field(default_factory=lambda: AllThere(0))
-    let_go: Callable[[], None] = lambda: None
+    store: BaseStore | None = None
     notes: list[str] = field(default_factory=list)
+
+    def let_go(self) -> None:
+        """Give back the memory of what was read of the store's file."""
+        if self.store is not None:
+            self.store.let_go()
 
     def walk(self) -> Iterator[int]:
         """Each layer with its weights in place, one after the other."""
@@ -50,6 +56,8 @@ class Engine:
     def close(self) -> None:
         """Let go of threads, files and page locks."""
         self.stream.close()
+        if self.store is not None:
+            self.store.close()
 
 
 def install(
@@ -67,10 +75,8 @@ def install(
     assert stream is not None or not placement.streams, "streamed layers need a stream"
     base = model.get_base_model()
     layers = list(base.get_submodule(layers_path))
-    engine = Engine(placement, layers_path, stream=stream or AllThere(len(layers)))
+    engine = Engine(placement, layers_path, stream=stream or AllThere(len(layers)), store=store)
     tables = store.rest() if store is not None else {}
-    if store is not None:
-        engine.let_go = store.let_go
     if placement.fused_lora:
         from qlora.engine.fused import install_fused
 
@@ -93,8 +99,21 @@ def install(
         engine.head = make_head(model, placement.head_format, device, table, engine.let_go)
         engine.loss = LanguageModelLoss(model, engine.head, placement.loss_chunk_bytes)
     if placement.schedules:
+        _refuse_adapters_elsewhere(model, layers)
         engine.schedule = _schedule(placement, layers, engine.stream, torch.device(device), simulates_gpu)
     return engine
+
+
+def _refuse_adapters_elsewhere(model: PeftModel, layers: Sequence[torch.nn.Module]) -> None:
+    """
+    Raises:
+        ModelError: an adapter outside of the layers: what comes before them runs without a graph.
+    """
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    outside = [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in inside]
+    if outside:
+        raise ModelError(f"{outside[0]} is an adapter outside of the model's layers, which would get no gradient when those are visited "
+                         "one by one.", "Leave it out of lora.targets, or set memory.streaming and memory.offload_activations to false.")
 
 
 def rest_on_device(

@@ -56,6 +56,7 @@ class Schedule:
         self._adapters, self._dense = adapters, dense
         self._originals = [layer.forward for layer in self.layers]
         self._recording: Pass | None = None
+        self._random: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._replaying: torch.Tensor | None = None
         for number, layer in enumerate(self.layers):
             layer.forward = self._stand_in(number, layer.forward)
@@ -160,7 +161,7 @@ class Schedule:
         for position, each in enumerate(passes):
             hidden = get((number, position))
             self._kept.soon((number, position + 1))
-            each.random.append(_random_state(hidden.device))
+            each.random.append(self._random_now(hidden.device))
             shared = _sizes_of_containers(each.arguments[number])
             output = self._compute(number, each, hidden)
             _refuse_shared_state(shared, _sizes_of_containers(each.arguments[number]))
@@ -187,6 +188,19 @@ class Schedule:
         args, kwargs = each.arguments[number]
         with self.autocast():
             return self._originals[number](hidden, *args, **kwargs)
+
+    def _random_now(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The state of the random numbers: the tensors of last time where nobody has drawn any since, because a state has 5 kB and there
+        is one for each layer and micro-batch.
+        """
+        now = _random_state(device)
+        same = self._random is not None and all(
+            mine is theirs is None or (mine is not None and theirs is not None and torch.equal(mine, theirs))
+            for mine, theirs in zip(self._random, now, strict=True)
+        )
+        if not same:
+            self._random = now
+        return self._random
 
     @contextmanager
     def _visit(self, number: int, *, train: bool) -> Iterator[None]:

@@ -96,6 +96,11 @@ class Stream:
         """The memory that the layers' weights take on the device: slots, and the blocks of residents."""
         return *(slot.block for slot in self._slots), *self._resident_blocks
 
+    @property
+    def streamed_bytes(self) -> int:
+        """What the layers take that come and go, where they wait."""
+        return sum(each.layout.size_bytes for number, each in enumerate(self._bindings) if number not in self.resident)
+
     def walk(self, order: Sequence[int]) -> Iterator[int]:
         """Visit layers in this order; each is there while it is the one that was yielded last. What comes after the last is taken to
         be the same once more.

@@ -47,7 +47,10 @@ class TensorMeter:
                 yield
             finally:
                 gc.collect()  # an exception's frames still hold tensors; their phases have ended already
+        _compat.give_back_freed_memory()  # to read the profile takes some by itself
         self._read(profiler)
+        del profiler
+        _compat.give_back_freed_memory()
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

@@ -125,12 +125,12 @@ def make_plan(job: Job, progress: Progress | None = None, *, look_around: bool =
     options, batch = find_options(job.recipe, facts)
     simulator = Simulator(workload(job, facts.attentions[0], batch.value))
     with (progress or Progress()).stage(f"Planning {job.recipe.model.base}"):
-        found, generation_tokens, whole = _fit(simulator, options, room, sketch)
+        options, found, generation_tokens, whole = _fit(simulator, options, room, sketch)
         if not found.fits and job.rows.shrinkable and (length := _shorter_length(simulator, options, room)):
             reason = "no data yet; the longest rows that fit, up to 2,048 tokens"
             facts = replace(facts, max_length=length, max_length_reason=reason)
             options, batch = find_options(job.recipe, facts)
-            found, generation_tokens, whole = _fit(simulator, options, room, sketch)
+            options, found, generation_tokens, whole = _fit(simulator, options, room, sketch)
     decisions, num_steps = choose(job.recipe, facts, found, batch)
     decisions["memory.generation_tokens"] = _generation_decision(generation_tokens)
     settings = {key: decision.value for key, decision in decisions.items()}
@@ -220,19 +220,28 @@ def _host_room(job: Job) -> int:
     return max(0, int(_HOST_SHARE * job.device.host_bytes) - PROGRAM_BYTES - job.rows.host_bytes)
 
 
-def _fit(simulator: Simulator, options: Options, room: Room, sketch: bool) -> tuple[Found, int, Simulated]:
+def _fit(simulator: Simulator, options: Options, room: Room, sketch: bool) -> tuple[Options, Found, int, Simulated]:
+    """What was found, and the options that it was chosen from: without the engine's schedule, where that cannot run the model because
+    its layers have something to do with each other beside the hidden states.
+    """
+    try:
+        return options, *_search(simulator, options, room, sketch)
+    except ModelError:
+        resident = tuple(placement for placement in options.placements if not placement.schedules)
+        if not resident or resident == options.placements:
+            raise
+        options = replace(options, placements=resident)
+        return options, *_search(simulator, options, room, sketch)
+
+
+def _search(simulator: Simulator, options: Options, room: Room, sketch: bool) -> tuple[Found, int, Simulated]:
     """Search with shallow models; what is found is simulated whole, and looked for again should that need more."""
     refused: set[Candidate] = set()
 
     def fits(candidate: Candidate) -> bool:
         if candidate in refused or not room.holds(_weights_bytes(simulator.workload.architecture, candidate.placement)):
             return False
-        try:
-            return room.holds(simulator.tensors(candidate))
-        except ModelError:
-            if not candidate.placement.schedules:
-                raise
-            return False  # layers that have something to do with each other beside the hidden states
+        return room.holds(simulator.tensors(candidate))
 
     while True:
         found = search(options, fits)

@@ -57,8 +57,12 @@ def on_device(base: PreTrainedModel, placement: Placement) -> list[torch.Tensor]
     return [tensor for tensor in everything if not any(tensor is each for each in away) and tensor.numel()]
 
 
-def track_weights(recorder: Recorder, model: PeftModel, engine: Engine) -> None:
-    """Say of every tensor of a model what it is for, and count those that were there before."""
+def track_weights(recorder: Recorder, model: PeftModel, engine: Engine, adapters: str) -> None:
+    """Say of every tensor of a model what it is for, and count those that were there before.
+
+    Args:
+        adapters: the part that adapters belong to.
+    """
     import bitsandbytes as bnb
 
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
@@ -72,7 +76,6 @@ def track_weights(recorder: Recorder, model: PeftModel, engine: Engine) -> None:
     for module in model.modules():
         part = parts.get(module, "embeddings" if isinstance(module, torch.nn.Embedding) else "base")
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            adapters = ON_HOST if placement.offload_adapters else "adapters"
             recorder.track(tensor, adapters if tensor.requires_grad else part)
         if isinstance(module, bnb.nn.Linear4bit):
             for tensor in quantisation_tensors(module):

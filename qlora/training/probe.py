@@ -98,7 +98,7 @@ def _go_through(
     try:
         if setup.data.validation:
             with during("eval"):
-                trainer.measure(as_dataset(longest(setup.data.validation, setup.plan.settings["train.micro_batch"])))
+                trainer.measure(as_dataset(longest(setup.data.validation, _rows_at_once(setup, engine))))
         if setup.data.samples:
             with during("generate"):
                 _generate(setup, model, tell)
@@ -129,6 +129,13 @@ def _trainer(setup: Setup, model: PeftModel, engine: Engine, ladder: Ladder, fol
     trainer.may_step_down = False  # a lower rung is tried from the beginning
     trainer.args.train_sampling_strategy = "sequential"  # shuffled, a batch might have the longest row several times
     return trainer
+
+
+def _rows_at_once(setup: Setup, engine: Engine) -> int:
+    """Of evaluation: a micro-batch, or as many as the engine takes through a layer at once."""
+    settings = setup.plan.settings
+    num_batches = (engine.schedule.at_once or settings["train.accumulation"]) if engine.schedule is not None else 1
+    return settings["train.micro_batch"] * num_batches
 
 
 def _worst_batches(setup: Setup, count: int) -> Dataset:

@@ -115,10 +115,12 @@ def rehearse(
                 record_streamed_loading(recorder, base, [*stream.blocks, *on_device(base, placement)], on_cpu=not on_gpu)
             elif "load" in phases:
                 record_loading(recorder, base, warm_up=on_gpu, on_cpu=not on_gpu, device_bytes=device.memory_bytes)
+            if stream is not None and placement.stream_from == "ram" and not on_gpu:
+                recorder.hold(stream.streamed_bytes, "layers in RAM", "base")  # which is the device
             model = _adapt(base, selection, precision, device, settings)
             with recorder, recorder.during(phases[0], "workspace"):
                 engine = install(model, placement, layers_path=layers_path, device="meta", stream=stream, simulates_gpu=on_gpu)
-            stage = _Stage(model, recorder, precision, settings, batches, engine)
+            stage = _Stage(model, recorder, precision, settings, batches, engine, on_gpu)
             with recorder:
                 hold_workspaces(recorder, device)
                 if brief:
@@ -137,7 +139,7 @@ class _Stage:
 
     def __init__(
         self, model: PeftModel, recorder: Recorder, precision: Precision, settings: Mapping[str, Any], batches: Batches,
-        engine: Engine,
+        engine: Engine, on_gpu: bool,
     ):
         self.model, self.recorder, self.batches, self.precision = model, recorder, batches, precision
         self.engine, self.schedule = engine, engine.schedule
@@ -155,7 +157,8 @@ class _Stage:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.paged = settings["train.optimizer"].startswith("paged")
         self.optimizer = _optimizer(self.trainer, self.trainable)
-        track_weights(recorder, model, engine)
+        self.adapters_are_away = engine.placement.offload_adapters and on_gpu  # a CPU's host is the CPU
+        track_weights(recorder, model, engine, ON_HOST if self.adapters_are_away else "adapters")
         mark_loss(recorder, model)
 
     def autocast(self) -> AbstractContextManager:
@@ -183,6 +186,8 @@ class _Stage:
         for num_micro_batches in self.steps:
             # The trainer fetches all micro-batches of a step before the first one.
             self._run([partial(self._learn, self._inputs()) for _ in range(num_micro_batches)])
+            if self.engine.placement.offload_adapters:  # on meta none arrive in host memory by themselves
+                self._make_gradients()
             for parameter in self.trainable:
                 self._track_of_adapters(parameter.grad, "gradients")
             self.recorder.switch("train:optimizer", "workspace")
@@ -278,7 +283,7 @@ class _Stage:
 
     def _track_of_adapters(self, tensor: torch.Tensor | None, part: str) -> None:
         """What goes with adapters into host memory is none of the device's."""
-        self.recorder.track(tensor, ON_HOST if self.engine.placement.offload_adapters else part)
+        self.recorder.track(tensor, ON_HOST if self.adapters_are_away else part)
 
     def _track_optimizer(self) -> None:
         for state in self.optimizer.state.values():

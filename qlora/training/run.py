@@ -94,9 +94,10 @@ def run(session: Session) -> RunResult:
     """A run whose settings are decided and whose folder is there."""
     setup, clock, progress = session.setup, session.clock, session.progress
     write_down(session)
-    with failures_explained(session):
+    with failures_explained(session), ExitStack() as held:
         with watching_memory(session) as trial:
             model, engine = clock.time("load", lambda: build_model(setup, progress))
+            held.callback(engine.close)
             base = clock.time("verify", lambda: verify(setup, model, engine))
             if session.begun:
                 refuse_another_base(session.begun, base, progress)

@@ -48,10 +48,10 @@ def verify_unchanged(model: PeftModel, engine: Engine, fingerprint: str, folder:
     from qlora.model.build import fingerprint_base
 
     if fingerprint_base(model, engine.walk, engine.let_go) != fingerprint:
-        raise VerificationError(
-            "The frozen base changed during training, so the adapter does not belong to it.",
-            f"This is a fault of the program: please report it with {folder / 'resolved.json'}.",
-        )
+        fix = f"This is a fault of the program: please report it with {folder / 'resolved.json'}."
+        if engine.placement.streams:
+            fix = f"Its layers are read again and again: look at the disk and the RAM of this machine. If they are sound, {fix[0].lower()}{fix[1:]}"
+        raise VerificationError("The frozen base changed during training, so the adapter does not belong to it.", fix)
 
 
 def assemble(setup: Setup, model: PeftModel, engine: Engine, folder: Path, **hooks: Any) -> AdapterTrainer:

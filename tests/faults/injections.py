@@ -209,6 +209,20 @@ def wait_at_step(step: int, for_file: str) -> None:
     _on_micro_batches(notice)
 
 
+def fail_to_read(step: int, code: str = "EIO") -> None:
+    """From that step on, reads at a place of a file, as streamed layers come, fail with this error of the operating system."""
+
+    def refuse(*_: Any) -> int:
+        fail("a block of a file", code)
+        raise AssertionError("unreachable")
+
+    def notice(now: int, micro: int) -> None:
+        if now >= step:
+            os.preadv = refuse
+
+    _on_micro_batches(notice)
+
+
 def poke_weight(step: int) -> None:
     """Right after the optimizer has taken that step, one number of the adapter is not one any more."""
     import torch

@@ -177,9 +177,9 @@ def _run(setup: Setup, meter: Any, folder: Path, rows: list[dict[str, Any]]) -> 
     with MetricsFile(folder / "metrics.jsonl", progress) as metrics:
         metrics.rows = rows
         with meter.during("load"):
-            model = stages.build_model(setup, progress)
-        stages.verify(setup, model)
-        trainer = stages.assemble(setup, model, folder, on_row=metrics.add)
+            model, engine = build_model(setup, progress)
+        stages.verify(setup, model, engine)
+        trainer = stages.assemble(setup, model, engine, folder, on_row=metrics.add)
         trainer.args.train_sampling_strategy = "sequential"  # shuffled, a batch might have no row of full length
         with meter.during("train"):
             trainer.train()

@@ -1,9 +1,12 @@
 """What the planner says of runs that use the engine, held against what the trial of such runs takes on a CPU."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from qlora.errors import OutputError
+from qlora.planning.plan import Decision
 from qlora.progress import Progress
 from qlora.recipe import build_recipe
 from qlora.training.building import build_model
@@ -21,7 +24,7 @@ CASES = {
     "adapters away": {"streaming": True, "resident_layers": 2, "offload_adapters": True, "dequantise_once": True},
     "fused": {"fused_lora": True}, "int8 head": {"head_format": "int8"},
 }
-QUICK = ("some layers", "everything", "adapters away")
+QUICK = ("everything",)
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +71,29 @@ def test_a_plan_is_true(model, rows, tmp_path, monkeypatch, case):
     assert meter.allocated["train"] <= 1.005 * planned["train"], (planned, meter.allocated)
     assert planned["train"] <= 1.05 * meter.allocated["train"], (planned, meter.allocated)
     assert meter.allocated["eval"] <= 1.005 * planned["eval"], (planned, meter.allocated)
+
+
+def test_a_base_that_cannot_be_kept_is_loaded_all_the_same(model, rows, tmp_path, monkeypatch):
+    """Unless a person has asked for it, or its layers are to be streamed."""
+    notes = []
+
+    class Listener(Progress):
+        def note(self, text):
+            notes.append(text)
+
+    def setup_with(source, **memory):
+        recipe = build_recipe(model=str(model), data={"path": str(rows), "validation": 0, "max_length": 32}, output=str(tmp_path),
+                              train={"max_steps": 1, "sample_rows": 0}, memory={"device": "cpu", **memory})
+        setup = prepare(recipe)
+        decisions = {**setup.plan.decisions, "memory.cache_base": Decision(True, source, "")}
+        return replace(setup, plan=replace(setup.plan, decisions=decisions))
+
+    def no_room(*_, **__):
+        raise OutputError("There is no room for it.", "Make some.")
+
+    monkeypatch.setattr("qlora.engine.quantise.open_or_build", no_room)
+    built, engine = build_model(setup_with("derived"), Listener())
+    assert engine.store is None and built.num_parameters() > 0 and "no room" in notes[-1]
+    for source, memory in (("given", {}), ("derived", {"streaming": True})):
+        with pytest.raises(OutputError, match="no room"):
+            build_model(setup_with(source, **memory), Listener())

@@ -10,7 +10,8 @@ from qlora.hardware import device_from_card
 from qlora.training.planner import plan_model
 from qlora.units import GIB
 
-SIZES = [("meta-llama/Llama-3.1-8B", 4), ("Qwen/Qwen3-32B", 8), ("meta-llama/Llama-3.3-70B-Instruct", 24)]
+SIZES = [("meta-llama/Llama-3.1-8B", 4), pytest.param("Qwen/Qwen3-32B", 8, marks=pytest.mark.long),
+         ("meta-llama/Llama-3.3-70B-Instruct", 24)]
 
 
 def host(device, ram_gib):
@@ -48,6 +49,7 @@ def test_a_model_larger_than_the_card_fits(plan_for, model, vram):
     assert set(plan.decisions) >= {f"memory.{name}" for name in ("head_format", "loss_chunk", "embedding_device", "stream_from")}
 
 
+@pytest.mark.long
 def test_where_layers_wait_follows_the_ram(plan_for):
     model, card = "meta-llama/Llama-3.1-8B", device_from_card(find_card("RTX 3050 laptop"))
     rich, poor = (plan_for(model, host(card, ram)).settings for ram in (64, 4))

@@ -186,7 +186,8 @@ def _placed(recipe: Recipe, facts: Facts, placement: Placement) -> dict[str, Dec
     if placement.streams and not recipe.is_given("train.sample_rows"):
         decisions["train.sample_rows"] = Decision(0, "derived", "each token of an answer would take every layer to the device once more")
     if recipe.memory.cache_base == "auto":
-        keeps = placement.streams or (recipe.model.weights == "pretrained" and facts.num_parameters >= _WORTH_KEEPING)
+        plain = recipe.model.weights == "pretrained" and not recipe.model.trust_remote_code
+        keeps = placement.streams or (plain and facts.num_parameters >= _WORTH_KEEPING)
         reason = ("streamed layers come from there" if placement.streams else "the next start takes seconds" if keeps
                   else "loading it is quick enough")
         decisions["memory.cache_base"] = Decision(keeps, "derived", reason)

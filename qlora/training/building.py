@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.engine.placement import Placement, resident_numbers
-from qlora.errors import NeedsLoaderError
+from qlora.errors import NeedsLoaderError, OutputError
 from qlora.hardware import limit_memory
 from qlora.progress import Progress
 from qlora.training.setup import Setup
@@ -45,7 +45,7 @@ def build_model(setup: Setup, progress: Progress) -> tuple[PeftModel, Engine]:
     settings = setup.plan.settings
     placement = Placement.from_settings(settings)
     limit_memory(setup.device, setup.plan.budget_bytes - setup.plan.parts["context"])
-    base = _kept_base(setup, placement, progress) if settings.get("memory.cache_base") is True else _loaded_base(setup, progress)
+    base = _find_base(setup, placement, progress)
     model = add_adapters(
         base.model, setup.selection, r=settings["lora.r"], alpha=settings["lora.alpha"], dropout=settings["lora.dropout"],
         seed=settings["train.seed"], dtype=torch_dtype(setup.precision.adapters),
@@ -59,6 +59,20 @@ def build_model(setup: Setup, progress: Progress) -> tuple[PeftModel, Engine]:
     for note in engine.notes:
         progress.note(note)
     return model, engine
+
+
+def _find_base(setup: Setup, placement: Placement, progress: Progress) -> _Base:
+    """From the store of quantised bases if the plan says so; where there is no room for one and it can be done without, as ever."""
+    keeps = setup.plan.decisions["memory.cache_base"]
+    if keeps.value is not True:
+        return _loaded_base(setup, progress)
+    try:
+        return _kept_base(setup, placement, progress)
+    except OutputError as error:
+        if placement.streams or keeps.source == "given":
+            raise
+        progress.note(f"The quantised base is not kept for the next start. {error.problem}")
+        return _loaded_base(setup, progress)
 
 
 def _loaded_base(setup: Setup, progress: Progress) -> _Base:

@@ -213,8 +213,7 @@ class AdapterTrainer(SFTTrainer):
     ) -> list[torch.Tensor]:
         """The trainer's own step for each part of each micro-batch; the gradient so far is checked before anything uses it."""
         parts = [split_inputs(inputs, self.ladder.num_parts) if self.ladder else [inputs] for inputs in batches]
-        trainers_own = super().training_step
-        calls = [partial(trainers_own, model, part, num_items) for each in parts for part in each]
+        calls = [partial(self._forward_backward, model, part, num_items) for each in parts for part in each]
         losses = iter(self.schedule.step(calls) if self.schedule else [call() for call in calls])
         if self.accelerator.scaler is None and not self._gradient_is_finite():
             bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
@@ -223,6 +222,11 @@ class AdapterTrainer(SFTTrainer):
                 f"first {_short(bad[0])}.", self._advice(),
             )
         return [sum(islice(losses, len(each))) for each in parts]
+
+    def _forward_backward(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        return super().training_step(model, inputs, num_items)
 
     def count_skipped_step(self) -> None:
         """fp16 only: the loss scaler skips steps whose gradient overflowed, which is normal a few times.

@@ -85,6 +85,7 @@ def look_up_or_write(identity: Mapping[str, Any], content: Callable[[], Content]
         try:
             os.replace(part, folder)
             sync_folder(folder.parent)
+            (folder / shelf.JOURNAL).unlink()  # only now: without it, an unfinished base would be begun anew
         except OSError as error:
             raise shelf.cannot_write(folder, error) from error
         store, reason = look_up(identity)
@@ -110,7 +111,8 @@ def _reopen(folder: Path, part: Path) -> None:
     entries = [{"part": str(number), "crc32": layer.pop("crc32")} for number, layer in enumerate(layers)]
     entries.append({"part": "rest", "crc32": rest.pop("crc32")})
     try:
-        (folder / shelf.DAMAGED).unlink(missing_ok=True)
+        for name in (shelf.DAMAGED, shelf.JOURNAL):
+            (folder / name).unlink(missing_ok=True)
         for entry in ({"outline": shelf.digest(outline)}, *entries):
             _note(folder, entry)
         os.replace(folder, part)
@@ -151,7 +153,6 @@ def _write(part: Path, identity: Mapping[str, Any], content: Content, progress: 
             layers_file.truncate(outline["layers_bytes"])
             rest_file.truncate(outline["rest_bytes"])
             shelf.write_manifest(part, outline)
-            (part / shelf.JOURNAL).unlink()
         report(total, total)
 
 

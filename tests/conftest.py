@@ -5,6 +5,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loopback_hub import LoopbackHub
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -53,6 +57,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On several, torch shares products among them in ways that may change bits from one call to the next."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -110,3 +125,13 @@ def rows_file(tmp_path: Path) -> Path:
         lines.append({"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": answer}]})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def hub() -> Iterator["LoopbackHub"]:
+    """A Hub on the loopback interface; see loopback_hub/server.py. Its own mistakes fail the test."""
+    from loopback_hub import LoopbackHub
+
+    with LoopbackHub() as running:
+        yield running
+    assert not running.mistakes

@@ -20,6 +20,7 @@ from qlora.planning.trace import Recorder
 from qlora.precision import torch_dtype
 from qlora.training.cpu_memory import TensorMeter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 MIB = 2**20
 SIZES = dict(num_hidden_layers=2, vocab_size=512, hidden_size=64, intermediate_size=128, num_attention_heads=4,
@@ -32,14 +33,6 @@ FAMILIES = {
     "gpt2": ("gpt2", dict(n_layer=2, n_head=2, n_embd=64, vocab_size=512, n_positions=128, bos_token_id=1, eos_token_id=2,
                           resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,9 @@ from qlora.model.exact import RowwiseLinear, make_exact
 from qlora.precision import Precision
 from qlora.training.recovery import split_inputs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FP32 = Precision("fp32", "fp32", False, "a test")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(folder, *, r=8, dropout=0.0, exact=True):

@@ -27,6 +27,8 @@ from qlora.model.meta import build_base_on_meta
 from qlora.planning.autocast import AutocastOnMeta
 from qlora.precision import Precision, torch_dtype
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Ratios of real models: the inner width 3.5 or 4 times the hidden one, fewer heads of keys than of queries, Gemma's wide heads.
 ROUND = {"num_hidden_layers": 2, "vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 512,
          "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -52,14 +54,6 @@ PRECISIONS = {
     "fp32": Precision("fp32", "fp32", False, "a test"),
     "fp16": Precision("fp16", "fp32", True, "a test"),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(shape, compute="bf16", *, alpha=16, dropout=0.0, meta=False):

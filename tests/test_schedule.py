@@ -20,6 +20,8 @@ from qlora.engine.sources import make_source
 from qlora.engine.stream import AllThere, Stream
 from qlora.errors import ModelError, StoreError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # --- layers arrive ---------------------------------------------------------------------------------------------------------
 
 
@@ -373,14 +375,6 @@ def assert_same(found, expected):
     assert torch.equal(found[0], expected[0])
     assert found[1].keys() == expected[1].keys()
     assert not [name for name, gradient in expected[1].items() if not torch.equal(found[1][name], gradient)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # One of each class of model in the catalog. Experts, linear attention and packing are among what they do.

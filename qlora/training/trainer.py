@@ -5,9 +5,7 @@ The only module that imports trl.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,7 +23,8 @@ from qlora.hardware import Device
 from qlora.precision import Precision, torch_dtype
 from qlora.training.recovery import Ladder, is_out_of_memory, release, split_inputs
 from qlora.training.row_writer import RowWriter
-from qlora.training.saving import random_state, set_random_state
+from qlora.training.saving import set_random_state
+from qlora.training.step import Step
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,27 +50,6 @@ def as_dataset(rows: Sequence[TokenRow], *, pack_to: int | None = None) -> Datas
         {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
     )
     return dataset if pack_to is None else pack_dataset(dataset, seq_length=pack_to, strategy="bfd")
-
-
-@dataclass
-class Step:
-    """The optimizer step under way; made anew at each step's begin.
-
-    Attributes:
-        inputs: its micro-batches so far, and `random` where the random numbers were before the first: what it takes to run it
-            once more.
-        losses: of micro-batches that have been done ahead of the trainer's asking.
-        correct_tokens: of the trained ones, where the engine's loss counts them; TRL's tells by itself.
-    """
-
-    started: float = field(default_factory=time.perf_counter)
-    tokens: int = 0
-    trained_tokens: int = 0
-    correct_tokens: int = 0
-    micro_batches: int = 0
-    inputs: list[dict[str, Any]] = field(default_factory=list)
-    losses: list[torch.Tensor] = field(default_factory=list)
-    random: dict[str, Any] = field(default_factory=random_state)
 
 
 class AdapterTrainer(SFTTrainer):

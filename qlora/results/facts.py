@@ -39,7 +39,8 @@ class Sample:
 class ModelFacts:
     """The base and its adapters. `base` is what the user wrote; `revision` the commit that was loaded, if known.
 
-    `quantised_parameters` are the base's weights held in 4 bits, in `num_4bit_modules` layers.
+    `quantised_parameters` are the base's weights held in 4 bits, in `num_4bit_modules` layers; `is_folder` says that the base
+    was read from a folder, so that its name means nothing to others.
     """
 
     base: str
@@ -53,6 +54,7 @@ class ModelFacts:
     num_4bit_modules: int
     num_adapted_modules: int
     trainable_parameters: int
+    is_folder: bool = False
 
     @property
     def trainable_share(self) -> float:
@@ -61,8 +63,27 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class TemplateFacts:
+    """How conversations were written for the model.
+
+    Attributes:
+        name: "tokenizer" for the tokenizer's own, else a name or the name of a file; `reason` says why this one.
+        example: a question and its answer, as the template writes them.
+        stop_tokens: what ends an answer.
+    """
+
+    name: str
+    reason: str
+    example: str
+    stop_tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class DataFacts:
-    """The rows. `num_rows` were read, before any was dropped; lengths are in tokens, before anything was cut."""
+    """The rows. `num_rows` were read, before any was dropped; lengths are in tokens, before anything was cut.
+
+    `size_bytes` is that of the files that `sha256` is the digest of; `template` is None where no row is a conversation.
+    """
 
     files: tuple[str, ...]
     sha256: str
@@ -78,6 +99,13 @@ class DataFacts:
     num_duplicates: int = 0
     num_bad_rows: int = 0
     findings: tuple[Finding, ...] = ()
+    size_bytes: int = 0
+    template: TemplateFacts | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Rows are conversations; reports that know no template yet have the format alone to tell."""
+        return self.template is not None or self.format not in ("text", "prompt_completion")
 
 
 @dataclass(frozen=True)
@@ -109,6 +137,7 @@ class RunSummary:
         notes: remarks and warnings for the user, one line each.
         planned_phases, measured_phases: bytes of tensors at their highest in each phase; empty where nothing was planned or
             nothing could be measured.
+        on_hub: `adapter` is a repository, see `qlora.results.sharing`.
     """
 
     name: str
@@ -131,6 +160,7 @@ class RunSummary:
     notes: tuple[str, ...] = ()
     planned_phases: dict[str, int] = field(default_factory=dict)
     measured_phases: dict[str, int] = field(default_factory=dict)
+    on_hub: bool = False
 
     @property
     def total_seconds(self) -> float:
@@ -291,18 +321,18 @@ def without_private_paths(summary: RunSummary, folder: Path) -> RunSummary:
     The command and the samples stay as they are: the user wrote the one, the data and the model the other.
     """
     settings = {
-        key: replace(decision, value=shown_path(decision.value, folder), reason=_without_home(decision.reason))
+        key: replace(decision, value=shown_path(decision.value, folder), reason=without_home(decision.reason))
         for key, decision in summary.settings.items()
     }
     data = replace(
         summary.data,
         files=tuple(shown_path(file, folder) for file in summary.data.files),
-        findings=tuple(replace(f, text=_without_home(f.text), fix=_without_home(f.fix)) for f in summary.data.findings),
+        findings=tuple(replace(f, text=without_home(f.text), fix=without_home(f.fix)) for f in summary.data.findings),
     )
     return replace(
-        summary, settings=settings, data=data, folder=_without_home(summary.folder),
+        summary, settings=settings, data=data, folder=without_home(summary.folder),
         model=replace(summary.model, base=shown_path(summary.model.base, folder)),
-        adapter=shown_path(summary.adapter, folder), notes=tuple(_without_home(note) for note in summary.notes),
+        adapter=shown_path(summary.adapter, folder), notes=tuple(without_home(note) for note in summary.notes),
     )
 
 
@@ -317,12 +347,13 @@ def shown_path(value: Any, folder: Path) -> Any:
     try:
         shared = Path(os.path.commonpath([value, start]))
     except ValueError:  # two drives of Windows
-        return _without_home(value)
+        return without_home(value)
     if shared == Path(shared.anchor) or shared in home.parents:
-        return _without_home(value)
+        return without_home(value)
     return Path(os.path.relpath(value, start)).as_posix()
 
 
-def _without_home(text: str) -> str:
+def without_home(text: str) -> str:
+    """The text with ~ for the user's home folder."""
     home = str(Path.home())
     return text if home == Path(home).anchor else text.replace(home + os.sep, "~/")

@@ -25,6 +25,7 @@ from qlora.results.facts import (
     verdict,
     without_private_paths,
 )
+from qlora.results.usage import load_with_peft
 from qlora.units import format_bytes, format_count, format_seconds
 
 __all__ = [
@@ -32,7 +33,7 @@ __all__ = [
     "reproduce_command", "without_secrets", "write_report",
 ]
 
-_PLOTS = {
+PLOTS = {
     "loss.png": "Loss on training and held-out rows",
     "learning_rate.png": "Learning rate",
     "grad_norm.png": "Gradient norm",
@@ -41,7 +42,6 @@ _PLOTS = {
 }
 # Longer samples are cut: a report is for reading, and metrics rest on the whole answers anyway.
 _MAX_SAMPLE_CHARACTERS = 1500
-_TORCH_NAMES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
 
 
 def write_report(summary: RunSummary, folder: Path) -> Path:
@@ -55,7 +55,7 @@ def write_report(summary: RunSummary, folder: Path) -> Path:
     """
     shared = without_secrets(without_private_paths(summary, folder))
     document = json.dumps(shared.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    plots = [name for name in _PLOTS if (folder / "plots" / name).is_file()]
+    plots = [name for name in PLOTS if (folder / "plots" / name).is_file()]
     report = folder / "report.md"
     try:
         report.write_text(render_markdown(shared, plots), encoding="utf-8")
@@ -97,11 +97,11 @@ def render_markdown(summary: RunSummary, plots: Iterable[str] = ()) -> str:
     plots = set(plots)
 
     def pictures(*names: str) -> list[str]:
-        return [f"![{_PLOTS[name]}](plots/{name})" for name in names if name in plots]
+        return [f"![{PLOTS[name]}](plots/{name})" for name in names if name in plots]
 
     parts = [
         f"# Training report: {escape(summary.name)}", f"**{escape(verdict(summary))}**",
-        *_scores(summary), *pictures("loss.png"), *_samples(summary.samples),
+        *_scores(summary), *pictures("loss.png"), *samples_tables(summary.samples),
         "## What it took", *_cost(summary),
         *_memory(summary, pictures("memory.png")),
         "## Model", *_model(summary.model),
@@ -135,7 +135,7 @@ def _basis(found: Evaluation) -> str:
     return f"{num_of(found.num_tokens, 'token')} and {num_of(found.num_answers, 'answer')}"
 
 
-def _samples(samples: Sequence[Sample]) -> list[str]:
+def samples_tables(samples: Sequence[Sample]) -> list[str]:
     parts = ["## Answers to held-out prompts"] if samples else []
     for i, sample in enumerate(samples, 1):
         texts = (
@@ -181,7 +181,7 @@ def _memory(summary: RunSummary, pictures: Sequence[str]) -> list[str]:
 
 def _model(model: ModelFacts) -> list[str]:
     rows = [
-        ("base", escape(model.base)),
+        ("base", escape(model.base) + (" (a folder)" if model.is_folder else "")),
         ("revision", escape(model.revision or "not known")),
         ("architecture", f"{escape(model.model_type)}: {model.num_layers:,} layers, hidden size {model.hidden_size:,}, "
                          f"vocabulary {model.vocab_size:,}"),
@@ -197,6 +197,7 @@ def _data(data: DataFacts) -> list[str]:
     rows = [
         ("files", "<br>".join(escape(file) for file in data.files)),
         ("sha256", data.sha256),
+        ("size", _exact_bytes(data.size_bytes)),
         ("format", escape(data.format)),
         ("rows", f"{data.num_rows:,} read; {data.num_train:,} to train on, {data.num_validation:,} held out"),
         ("tokens in a row", f"p50 {lengths.p50:,.0f}, p95 {lengths.p95:,.0f}, p99 {lengths.p99:,.0f}, "
@@ -206,6 +207,9 @@ def _data(data: DataFacts) -> list[str]:
                      f"to train on, {data.num_bad_rows:,} could not be read"),
         ("duplicates", num_of(data.num_duplicates, "row")),
     ]
+    if data.template is not None:
+        stops = ", ".join(escape(token) for token in data.template.stop_tokens)
+        rows.append(("chat template", f"{escape(data.template.name)}; answers end at {stops or 'nothing'}"))
     parts = [table(("", ""), rows)]
     if data.findings:
         texts = [(found.level, f"{found.text} {found.fix}".strip()) for found in data.findings]
@@ -241,38 +245,18 @@ def _machine(summary: RunSummary) -> list[str]:
 
 
 def _usage(summary: RunSummary) -> list[str]:
-    base, adapter = summary.model.base, summary.adapter
-    decision = summary.settings.get("model.dtype")
-    dtype = _TORCH_NAMES.get(str(decision.value) if decision else "", "torch.bfloat16")
-    source = json.dumps(base, ensure_ascii=False)
-    lines = ["import torch", "from peft import PeftModel",
-             "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"]
-    if base == "builtin:tiny":
-        lines.append("from qlora.model.tiny import tiny_folder  # the one base that is not on the Hub")
-        source = "str(tiny_folder())"
-    elif summary.model.revision:
-        source += f", revision={json.dumps(summary.model.revision)}"
-    lines += [
-        "",
-        "four_bits = BitsAndBytesConfig(",
-        '    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,',
-        f"    bnb_4bit_compute_dtype={dtype},",
-        ")",
-        f"base = AutoModelForCausalLM.from_pretrained({source}, quantization_config=four_bits, dtype={dtype})",
-        f"model = PeftModel.from_pretrained(base, {json.dumps(adapter, ensure_ascii=False)})",
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(adapter, ensure_ascii=False)})",
-    ]
-    return [
-        f"The adapter is in [{escape(adapter)}/]({adapter}/). It is a plain PEFT adapter; run this in the run folder:",
-        _fenced("\n".join(lines), "python"),
-    ]
+    where = "is beside this folder, as [the model card](../README.md) says." if summary.on_hub else (
+        f"is in [{escape(summary.adapter)}/]({summary.adapter}/).")
+    how = "" if summary.on_hub else "; run this in the run folder"
+    return [f"The adapter {where} It is a plain PEFT adapter{how}:",
+            fenced(load_with_peft(summary, four_bits=True), "python")]
 
 
 def _again(summary: RunSummary) -> list[str]:
     sentence = "For the same run take the same rows (sha256 above), library versions and machine."
     if not summary.command:
         return [f"The recipe was built in Python; resolved.json holds every value. {sentence}"]
-    return [_fenced(summary.command, "sh"), f"resolved.json holds every value. {sentence}"]
+    return [fenced(summary.command, "sh"), f"resolved.json holds every value. {sentence}"]
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
@@ -310,8 +294,9 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MAX_SAMPLE_CHARACTERS else text[:_MAX_SAMPLE_CHARACTERS] + " …"
 
 
-def _fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any run of backticks within it."""
+def fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks within it, free of control characters."""
+    text = "\n".join(printable(line) for line in text.expandtabs(4).split("\n"))
     fence = "```"
     while fence in text:
         fence += "`"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.architecture import lora_parameters
 from qlora.evaluation import Evaluation
-from qlora.results.facts import DataFacts, ModelFacts, RunSummary, Sample, TrainingFacts
+from qlora.results.facts import DataFacts, ModelFacts, RunSummary, Sample, TemplateFacts, TrainingFacts
 from qlora.results.report import reproduce_command
 from qlora.training.meter import MemoryMeter, planned_phases
 from qlora.training.run_documents import RunProgress
@@ -50,6 +50,7 @@ def summarise(
             num_truncated=data.fit.num_truncated, num_answer_lost=data.fit.num_answer_lost,
             num_fully_masked=data.fit.num_fully_masked, num_duplicates=data.rowset.num_duplicates,
             num_bad_rows=len(data.bad_rows), findings=tuple(data.findings),
+            size_bytes=data.rowset.size_bytes, template=template_facts(setup),
         ),
         training=TrainingFacts(
             num_steps=steps[-1]["step"] if steps else 0, epochs=steps[-1]["epoch"] if steps else 0.0, tokens=tokens,
@@ -118,6 +119,21 @@ def model_facts(setup: Setup, model: PeftModel) -> ModelFacts:
         num_4bit_modules=sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
         num_adapted_modules=setup.selection.num_modules,
         trainable_parameters=lora_parameters(setup.selection, setup.plan.settings["lora.r"]),
+        is_folder=setup.recipe.model.base == setup.base and Path(setup.base).expanduser().is_dir(),
+    )
+
+
+def template_facts(setup: Setup) -> TemplateFacts | None:
+    """How conversations were written, with an example; None where no row is one."""
+    data = setup.data
+    if data.template is None or not any(row.messages is not None for row in (*data.train_rows, *data.validation_rows)):
+        return None
+    # The two turns that reading the data has tried the template with.
+    turns = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": "the answer"}]
+    return TemplateFacts(
+        name=data.template.name, reason=data.template.reason,
+        example=setup.tokenizer.apply_chat_template(turns, tokenize=False),
+        stop_tokens=tuple(setup.tokenizer.convert_ids_to_tokens(data.stop_ids)),
     )
 
 

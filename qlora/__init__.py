@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qlora.architecture import describe, find_config
     from qlora.console import ConsoleProgress
     from qlora.errors import QloraError
+    from qlora.hub.push import push_run
     from qlora.planning.plan import Plan
     from qlora.progress import Progress
     from qlora.recipe import Recipe, build_recipe, load_recipe
@@ -33,6 +34,7 @@ _HOMES = {
     "plan_model": "qlora.training.planner",
     "Plan": "qlora.planning.plan",
     "train": "qlora.training.run",
+    "push_run": "qlora.hub.push",
     "RunResult": "qlora.training.run",
     "find_config": "qlora.architecture",
     "describe": "qlora.architecture",

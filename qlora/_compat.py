@@ -31,6 +31,8 @@ def prepare_environment() -> None:
       of a CPU's time became 20 ms for 4096 x 14336 numbers (AMD EPYC), beside a product that takes 280 ms for 512 tokens.
     - DISABLE_SAFETENSORS_CONVERSION: transformers (5.17 to 5.23) asks a Space of the Hub to convert a model that has only pickled
       weights, from a thread of its own; such a model is refused, and nobody asked for the request.
+    - HF_HUB_DISABLE_TELEMETRY: TRL (1.14 to 1.16, trainer/base_trainer.py) tells the Hub of every trainer that is made, often in a run.
+      Nothing leaves this machine that nobody asked for.
     - CUDA_VISIBLE_DEVICES: one card, the fastest or the first that the user names. transformers' trainer takes every card
       it sees, and TRL (1.14 to 1.16, `SFTTrainer.__init__`) refuses to run on several from one process.
     """
@@ -38,6 +40,7 @@ def prepare_environment() -> None:
     if not on_windows() and _allocator_settings() is None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -128,6 +131,56 @@ def restore_adapter_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
+
+
+def limit_requests(
+    seconds: float, *, before: Callable[[], None], after: Callable[[], None], answered: Callable[[Any], None] | None = None
+) -> None:
+    """Give every request of the Hub's client a time-out, and have one function called before each and one after each answer;
+    `answered` is given the answer.
+
+    huggingface_hub (1.31 to 2.4, utils/_http.py, `default_client_factory`) makes its HTTP client without any: an upload to a server
+    that takes the connection and never answers hangs for ever. Goes when uploads have a time-out of their own. Whoever has set a
+    client factory whose clients have time-outs keeps those.
+    """
+    from huggingface_hub import get_session, set_client_factory
+
+    def ask(request: Any) -> None:
+        before()
+        if (request.extensions.get("timeout") or {}).get("read") is None:  # some calls, as model_info, ask for none expressly
+            request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
+
+    def heard(response: Any) -> None:
+        after()
+        if answered is not None:
+            answered(response)
+
+    session = get_session()
+    for name, hook in (("request", ask), ("response", heard)):
+        hook.of_qlora = True
+        kept = [each for each in session.event_hooks[name] if not hasattr(each, "of_qlora")]
+        session.event_hooks = {**session.event_hooks, name: [*kept, hook]}
+    if session.timeout.read is None or hasattr(session, "of_qlora"):
+        kind, hooks = type(session), session.event_hooks
+
+        def factory() -> Any:  # the client makes a new session after a failed connection
+            made = kind(event_hooks=hooks, follow_redirects=True, timeout=seconds)
+            made.of_qlora = True
+            return made
+
+        set_client_factory(factory)
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """What the HTTP library beneath the Hub's client raises when a connection fails: httpx for huggingface_hub 1, httpx2 for 2. The
+    client lets these through as they are.
+    """
+    import importlib
+
+    from huggingface_hub import get_session
+
+    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    return (library.TimeoutException, library.NetworkError, library.RemoteProtocolError)
 
 
 def quieten_libraries() -> None:

@@ -7,7 +7,6 @@ Exit codes: 0 done; 2 you can fix it (recipe, data, model, hardware); 3 trained,
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 import traceback
@@ -19,18 +18,11 @@ from qlora import _compat
 from qlora.arguments import build_parser, join_sizes
 from qlora.errors import QloraError, RecipeError
 from qlora.redact import redact
-from qlora.units import MIB
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from qlora.hardware import Device
-    from qlora.planning.plan import Plan
     from qlora.progress import Progress
-    from qlora.recipe import Recipe
-
-# How a size looks where a card's name would do as well; nonsense such as -3GB is for `read_vram` to refuse.
-_LIKE_A_SIZE = re.compile(r"[-+]?[\d.]+\s*([kmgt]i?b)?", re.IGNORECASE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except QloraError as error:
         return _show_traceback(error.exit_code) if options.debug else _fail(error)
     except KeyboardInterrupt:
-        kept = " The same command starts, or goes on." if options.verb == "train" else ""
+        kept = " The same command starts, or goes on." if options.verb in ("train", "push") else ""
         print(f"\nInterrupted.{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -84,18 +76,18 @@ def _train(options: argparse.Namespace) -> int:
         from qlora.results.report import without_secrets
         from qlora.results.summary import summary_tables
         from qlora.training.run import train
+        from qlora.views import pushed_lines
 
         _compat.hide_loading_bars()
     result = train(recipe, progress, fresh=options.fresh, force=options.force)
     console = Console()
     for table in summary_tables(without_secrets(result.summary)):
         console.print(table)
-    console.print(f"Report:  {result.report}", highlight=False, soft_wrap=True)
-    console.print(f"Adapter: {result.adapter}", highlight=False, soft_wrap=True)
+    _print_lines([f"Report:  {result.report}", f"Adapter: {result.adapter}"])
     if result.push_error is not None:
         return _fail(result.push_error)
-    if result.pushed_to:
-        console.print(f"Pushed to {result.pushed_to}", highlight=False, soft_wrap=True)
+    if result.pushed is not None:
+        _print_lines(pushed_lines(result.pushed))
     return 0
 
 
@@ -123,169 +115,31 @@ def _check(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from qlora.console import ConsoleProgress
+    from qlora.plan_words import card_of, check_files, compared_cards, keep, make_plans, read_words, recipe_of
     from qlora.views import compare_view, plan_view
 
-    source, overrides = _words_of_plan(options)
+    source, overrides = read_words(options)
     progress = ConsoleProgress()
-    _check_files(options)
-    devices = [_card(options, progress)] if options.compare is None else _compared(options.compare, progress)
-    recipe = None if source is None else _recipe_to_plan(options, source, overrides, progress)
-    plans = _plans(options, recipe, overrides, devices, progress)
+    check_files(options)
+    devices = [card_of(options, progress)] if options.compare is None else compared_cards(options.compare, progress)
+    recipe = None if source is None else recipe_of(options, source, overrides, progress)
+    plans = make_plans(options, recipe, overrides, devices, progress)
     if options.json:
         documents = [plan.to_json() for plan in plans]
         _print_json(documents[0] if options.compare is None else documents)
     else:
         _print_view(plan_view(plans[0]) if options.compare is None else compare_view(plans))
-    _keep(options, plans, recipe, progress)
+    keep(options, plans, recipe, progress)
     return 0 if any(plan.fits for plan in plans) else 2
-
-
-def _words_of_plan(options: argparse.Namespace) -> tuple[str | None, list[str]]:
-    """The recipe, if one is named, and the overrides; refuses what contradicts itself."""
-    overrides = [word for word in options.overrides if "=" in word]
-    named = [word for word in options.overrides if "=" not in word]
-    if len(named) > 1:
-        raise RecipeError(f"{' and '.join(named)} are both taken for recipes; one is planned at a time.",
-                          "Overrides are written section.setting=value, for example lora.r=32.")
-    if named and options.model:
-        raise RecipeError(f"Both the recipe {named[0]} and --model {options.model} are named.",
-                          f"To plan the recipe with another model: qlora plan {named[0]} model.base={options.model}")
-    if not named and not options.model:
-        raise RecipeError("There is nothing to plan.",
-                          "Name a recipe, or a model: qlora plan --model Qwen/Qwen3-8B --vram 8GB")
-    rows = [word for word in overrides if options.model and word.startswith(("data=", "data.path="))]
-    if rows:
-        raise RecipeError(f"{rows[0]} names rows, but --model plans without any.",
-                          "Put both into a recipe (two lines: model and data) and plan that.")
-    card = [flag for flag, value in (("--vram", options.vram), ("--gpu", options.gpu)) if value is not None]
-    if options.cpu and card:
-        raise RecipeError(f"--cpu and {card[0]} name two devices.",
-                          "Leave one out; memory.budget=8GB says how much RAM a run on the CPU may take.")
-    if options.compare is not None and (card or options.cpu):
-        raise RecipeError(f"--compare names cards, and so does {card[0] if card else '--cpu'}.",
-                          'Put every card into --compare, such as --compare "8,12,RTX 4090".')
-    if options.compare is not None and options.write:
-        raise RecipeError("--compare makes several plans, and --write keeps one.", "Leave --compare out and name one card.")
-    return named[0] if named else None, overrides
-
-
-def _check_files(options: argparse.Namespace) -> None:
-    """Places that cannot be written are found out before the planning."""
-    if options.write:
-        from qlora.results.frozen import refuse_existing
-
-        refuse_existing(Path(options.write), force=options.force)
-    if options.plot:
-        from qlora.results.plan_plots import check_picture
-
-        check_picture(Path(options.plot))
-
-
-def _card(options: argparse.Namespace, progress: Progress) -> Device | None:
-    """The card that is named, whether it is here or not; None for this machine."""
-    if options.gpu is not None:
-        return _named_card(options.gpu, options.vram, progress)
-    return None if options.vram is None else _sized_card(options.vram, progress)
-
-
-def _compared(text: str, progress: Progress) -> list[Device]:
-    """The cards of --compare: sizes and names, in the order given."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words:
-        raise RecipeError("--compare names no card.", "Write sizes or names: --compare 4,8,12 or --compare \"RTX 3060,24GB\".")
-    bare = [word for word in words if re.fullmatch(r"[\d.]+", word)]
-    devices = [_sized_card(f"{word}GB" if word in bare else word, progress) if _LIKE_A_SIZE.fullmatch(word)
-               else _named_card(word, None, progress) for word in words]
-    if bare:
-        progress.note(f"{', '.join(bare)}: read as sizes in GB.")
-    return devices
-
-
-def _named_card(name: str, vram: str | None, progress: Progress) -> Device:
-    """A card of the table; a size picks the variant, or the part of it that may be used."""
-    from qlora.catalog.cards import find_card
-    from qlora.hardware import device_from_card
-
-    vram_bytes = None if vram is None else _read_vram(vram, progress)
-    card = find_card(name, None if vram_bytes is None else vram_bytes // MIB)
-    if card.note:
-        progress.note(card.note)
-    return device_from_card(card, vram_bytes)
-
-
-def _sized_card(vram: str, progress: Progress) -> Device:
-    from qlora.hardware import device_from_card
-
-    return device_from_card(None, _read_vram(vram, progress))
-
-
-def _read_vram(text: str, progress: Progress) -> int:
-    from qlora.planning.budget import read_vram
-
-    vram_bytes, note = read_vram(text)
-    if note:
-        progress.note(note)
-    return vram_bytes
-
-
-def _recipe_to_plan(options: argparse.Namespace, source: str, overrides: list[str], progress: Progress) -> Recipe:
-    """The recipe, for the device that is named. Device and budget in the file are those of another machine, then."""
-    from qlora.recipe import load_recipe
-
-    recipe = load_recipe(source, [*overrides, *(["memory.device=cpu"] if options.cpu else [])])
-    if options.compare is None and options.vram is None and options.gpu is None:
-        return recipe
-    given_here = {word.partition("=")[0] for word in overrides}
-    values = {f"memory.{name}": getattr(recipe.memory, name) for name in ("device", "budget")}
-    replaced = {key: value for key, value in values.items() if value != "auto" and key not in given_here}
-    for key, value in replaced.items():
-        progress.note(f"The recipe says {key}: {value}; the card that is named here counts instead.")
-    return recipe.replace(dict.fromkeys(replaced, "auto")) if replaced else recipe
-
-
-def _plans(
-    options: argparse.Namespace, recipe: Recipe | None, overrides: list[str], devices: list[Device | None], progress: Progress
-) -> list[Plan]:
-    """One plan a device; None stands for this machine."""
-    from qlora.training.planner import compare, plan_model, plan_recipe
-
-    told = progress if options.compare is None else None  # a comparison has one bar over all cards
-
-    def plan_for(device: Device | None) -> Plan:
-        if recipe is not None:
-            return plan_recipe(recipe, device=device, progress=told)
-        return plan_model(options.model, device=device or _here(options), overrides=overrides, progress=told)
-
-    return [plan_for(devices[0])] if options.compare is None else compare(plan_for, devices, progress)
-
-
-def _here(options: argparse.Namespace) -> Device:
-    from qlora.hardware import describe_machine
-
-    return describe_machine("cpu" if getattr(options, "cpu", False) else "auto")
-
-
-def _keep(options: argparse.Namespace, plans: list[Plan], recipe: Recipe | None, progress: Progress) -> None:
-    """What --plot and --write leave on disk."""
-    if options.plot:
-        from qlora.results.plan_plots import draw_compare, draw_plan
-
-        path = Path(options.plot)
-        draw_plan(plans[0], path) if options.compare is None else draw_compare(plans, path)
-        progress.note(f"Drew {path}")
-    if options.write:
-        from qlora.results.frozen import write_frozen
-
-        write_frozen(plans[0], Path(options.write), recipe=recipe, command=options.command, force=options.force)
-        progress.note(f"Wrote {options.write}. To train it: {shlex.join(['qlora', 'train', options.write])}")
 
 
 def _models(options: argparse.Namespace) -> int:
     from qlora.console import ConsoleProgress
+    from qlora.plan_words import card_of, machine_of
     from qlora.views import models_view, num_parameters
 
     progress = ConsoleProgress()
-    device = _card(options, progress) or _here(options)
+    device = card_of(options, progress) or machine_of(options)
     from qlora.training.planner import plan_catalog
 
     plans = sorted(plan_catalog(device, progress), key=lambda plan: (num_parameters(plan.model) or 0, plan.model))
@@ -307,6 +161,12 @@ def _print_view(view: RenderableType) -> None:
     from rich.console import Console
 
     Console().print(view)
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    """Plain lines that a terminal may break and a pipe does not."""
+    for line in lines:
+        print(redact(line))
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -348,11 +208,56 @@ def _cache(options: argparse.Namespace) -> int:
     return 0
 
 
-def _push(options: argparse.Namespace) -> int:
-    from qlora.hub import find_adapter, push_adapter
+def _chat(options: argparse.Namespace) -> int:
+    from qlora.chatting import Terminal, chat
 
-    url = push_adapter(find_adapter(Path(options.folder)), options.repo, private=not options.public)
-    print(f"Pushed to {url}")
+    adapter, progress = _find_adapter(options)
+    terminal = Terminal(input, lambda text: print(text, end="", flush=True), progress.note, sys.stdin.isatty())
+    chat(adapter, terminal, progress, device=options.device, max_tokens=options.max_tokens, temperature=options.temperature)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from qlora.comparing import compare
+    from qlora.views.comparison import comparison_view
+
+    adapter, progress = _find_adapter(options)
+    found = compare(adapter, data=options.data, num_rows=options.rows, device=options.device, progress=progress)
+    _print_json(found.to_json()) if options.json else _print_view(comparison_view(found))
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from qlora.merging import merge
+
+    adapter, progress = _find_adapter(options)
+    _print_lines(merge(adapter, options.out, into=options.into, dtype=options.dtype, max_shard_bytes=options.max_shard,
+                       progress=progress).lines())
+    return 0
+
+
+def _find_adapter(options: argparse.Namespace) -> tuple[Any, Progress]:
+    from qlora.console import ConsoleProgress
+    from qlora.hub.fetch import find_adapter
+
+    progress = ConsoleProgress()
+    return find_adapter(options.source, revision=options.revision, base=options.base, progress=progress), progress
+
+
+def _push(options: argparse.Namespace) -> int:
+    from qlora.console import ConsoleProgress
+    from qlora.hub.push import order_for, pack, push
+    from qlora.views import parcel_view, pushed_lines
+
+    progress = ConsoleProgress()
+    order = order_for(Path(options.run), options.repo, public=options.public, revision=options.revision, tag=options.tag,
+                      base_model=options.base_model, samples=options.samples, max_minutes=options.max_minutes)
+    if options.dry_run:
+        parcel = pack(order, progress)
+        _print_view(parcel_view(parcel, order.target))
+        print(parcel.card.content.decode())
+        return 0
+    _print_lines(pushed_lines(push(order, progress)))
     return 0
 
 
@@ -375,4 +280,4 @@ def _show_traceback(exit_code: int) -> int:
 
 
 _VERBS = {"train": _train, "check": _check, "plan": _plan, "models": _models, "inspect": _inspect, "cache": _cache,
-          "push": _push}
+          "chat": _chat, "eval": _eval, "merge": _merge, "push": _push}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -37,10 +37,12 @@ class ConsoleProgress(Progress):
         self.console.print(Text(f"  {redact(text)}"))
 
     @contextmanager
-    def stage(self, text: str) -> Iterator[Callable[[int, int], None]]:
+    def stage(self, text: str, *, in_bytes: bool = False, bar: bool = True) -> Iterator[Callable[[int, int], None]]:
         started, text = time.perf_counter(), redact(text)
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn())
-        with Bars(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn()]
+        if in_bytes:
+            columns[3:3] = [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+        with Bars(*columns, console=self.console, transient=True, disable=not (bar and self.console.is_terminal)) as bars:
             task = bars.add_task(text, total=None)
             yield lambda done, total: bars.update(task, completed=done, total=total)
         line = Text("✓ ", style="green").append(text, style="default")

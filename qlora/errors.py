@@ -68,10 +68,22 @@ class DivergedError(QloraError, ArithmeticError):
     exit_code = 4
 
 
-class PushError(QloraError, OSError):
-    """The run is finished and on disk, but did not reach the Hub."""
+class HubError(QloraError, OSError):
+    """The Hub cannot be reached, does not let us, or holds something else than was expected."""
+
+
+class UnreachableError(HubError):
+    """The Hub did not answer, or only with errors that pass, for longer than was to be waited."""
+
+
+class PushError(HubError):
+    """The run is finished and on disk, but did not reach the Hub. Ctrl-C in the middle of a push has exit code 130."""
 
     exit_code = 3
+
+    def __init__(self, problem: str, fix: str = "", *, exit_code: int = 3):
+        super().__init__(problem, fix)
+        self.exit_code = exit_code
 
 
 class InterruptedRun(QloraError):

@@ -19,8 +19,13 @@ class Progress:
         """One plain line."""
 
     @contextmanager
-    def stage(self, text: str) -> Iterator[Callable[[int, int], None]]:
-        """A piece of work that takes a while; call what it yields with (done, total) to move its bar."""
+    def stage(self, text: str, *, in_bytes: bool = False, bar: bool = True) -> Iterator[Callable[[int, int], None]]:
+        """A piece of work that takes a while; call what it yields with (done, total) to move its bar.
+
+        Args:
+            in_bytes: done and total are bytes.
+            bar: False where somebody else draws one meanwhile.
+        """
         yield lambda done, total: None
 
     def planned(self, plan: Plan, folder: Path) -> None:

@@ -274,8 +274,23 @@ class OutputSection(Section):
 class HubSection(Section):
     """Where the adapter is pushed when the run has ended; without this section nothing leaves the machine."""
 
-    repo: str = _setting(..., "Repository of the adapter.", "name or owner/name")
-    private: bool = _setting(True, "Only you can see the repository.", "true or false")
+    repo: str = _setting(..., "Repository of the adapter; without an owner it is yours.", "name or owner/name")
+    private: bool = _setting(True, "Only you, or your organisation, can see the repository.", "true or false")
+    required: bool = _setting(
+        True, "Stop before training where the push cannot succeed: no token, a token that may only read, another's repository. "
+        "false = warn, train, and try all the same.", "true or false"
+    )
+    revision: str = _setting("main", "Branch that is pushed to; made if it is not there.", "text")
+    tag: str | None = _setting(None, "Name for this version, such as v1. A tag that is there is never moved.", "text")
+    base_model: str | None = _setting(
+        None, "What the base is called on the Hub, where model.base is a folder; so that others can find it.", "owner/name"
+    )
+    samples: bool = _setting(
+        False, "Push the report's held-out prompts and answers as well. They are rows of your data.", "true or false"
+    )
+    max_minutes: Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)] = _setting(
+        60.0, "Give the push up after so long; the run is on disk, and `qlora push` finishes it.", "a number of minutes above 0"
+    )
 
 
 # The setting that a section stands for where a person writes a single text: `model: builtin:tiny`.

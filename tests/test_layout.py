@@ -17,8 +17,8 @@ LEVELS = [
     ["architecture", "generation"],
     ["model", "engine"],
     ["planning"],
-    ["results", "hub", "training"],
-    ["console", "views", "arguments"],
+    ["results", "hub", "training", "merging", "adapted", "chatting", "comparing"],
+    ["console", "views", "arguments", "plan_words"],
     ["cli"],
     ["__init__", "__main__"],
 ]

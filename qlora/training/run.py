@@ -19,6 +19,7 @@ from qlora.training.building import build_model
 from qlora.training.meter import planned_phases, run_receipt, trial_receipt
 from qlora.training.metrics_file import MetricsFile
 from qlora.training.preflight import check_machine, refuse, warnings
+from qlora.training.pushing import look_ahead, push_finished
 from qlora.training.resuming import begin_again, facts_of, refuse_another_base
 from qlora.training.run_folder import find_run, open_folder, refuse_taken
 from qlora.training.session import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from qlora.engine.install import Engine
+    from qlora.hub.push import Pushed
     from qlora.planning.receipts import Receipt
     from qlora.results.report import RunSummary
     from qlora.training.trainer import AdapterTrainer
@@ -42,8 +44,8 @@ if TYPE_CHECKING:
 class RunResult:
     """What a finished run leaves to a script.
 
-    `before` and `after` hold loss, perplexity and exact_match on held-out rows, None where there were none. `push_error`
-    is set when the run is complete on disk but did not reach the Hub.
+    `before` and `after` hold loss, perplexity and exact_match on held-out rows, None where there were none. `pushed` is what
+    arrived on the Hub; `push_error` is set when the run is complete on disk but did not reach it.
     """
 
     folder: Path
@@ -52,7 +54,7 @@ class RunResult:
     before: dict[str, Any] | None
     after: dict[str, Any] | None
     summary: RunSummary
-    pushed_to: str | None = None
+    pushed: Pushed | None = None
     push_error: PushError | None = None
 
 
@@ -71,6 +73,7 @@ def train(recipe: Recipe, progress: Progress | None = None, *, fresh: bool = Fal
     """
     progress, clock = progress or Progress(), Clock()
     found = find_run(recipe, fresh=fresh)
+    look_ahead(recipe, progress, create_it=True)
     with ExitStack() as held:
         if found.unfinished:
             lock(held, found.path, progress)
@@ -259,7 +262,9 @@ def needed_bytes(session: Session, rung: int) -> int:
 def write_results(
     session: Session, model: PeftModel, rows: list[dict[str, Any]], before: Evaluation | None, after: Evaluation | None
 ) -> RunSummary:
-    """Plots, report.md and, as the last of all, report.json: with it the run is finished."""
+    """Plots, the model card, report.md and, as the last of all, report.json: with it the run is finished."""
+    from qlora.results.licence import licence_of_base
+    from qlora.results.model_card import write_card
     from qlora.results.plan_plots import draw_planned_measured
     from qlora.results.plots import draw_all
     from qlora.results.report import write_report
@@ -278,6 +283,7 @@ def write_results(
         summary.planned_phases, summary.measured_phases, setup.plan.budget_bytes,
         folder / "plots" / "memory.png",
     )
+    write_card(summary, folder, licence=licence_of_base(setup.base, summary.model.revision))
     write_report(summary, folder)
     return summary
 
@@ -296,11 +302,7 @@ def push(result: RunResult, recipe: Recipe, progress: Progress) -> RunResult:
     """Send the adapter to the Hub if the recipe asks for it. A failure here costs nothing that is on disk."""
     if recipe.hub is None:
         return result
-    from qlora.hub import push_adapter
-
     try:
-        with progress.stage(f"Pushing to {recipe.hub.repo}"):
-            url = push_adapter(result.adapter, recipe.hub.repo, private=recipe.hub.private)
+        return replace(result, pushed=push_finished(recipe, result.folder, progress))
     except PushError as error:
         return replace(result, push_error=error)
-    return replace(result, pushed_to=url)

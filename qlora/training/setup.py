@@ -19,6 +19,7 @@ from qlora.progress import Progress
 from qlora.recipe import Recipe
 from qlora.training.fitting import Job, Rows, make_plan
 from qlora.training.preflight import Check, check_before_run
+from qlora.training.pushing import check_hub
 from qlora.units import format_bytes
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def check(recipe: Recipe, progress: Progress, *, data_only: bool = False) -> tup
         setup = prepare(recipe, progress)
     except ModelError as error:
         raise ModelError(error.problem, f"{error.fix}\nWithout the model, `qlora check --data-only` checks the rows.") from error
-    return setup.data, setup.plan, check_before_run(setup)
+    return setup.data, setup.plan, [*check_before_run(setup), *check_hub(recipe, progress)]
 
 
 def find_model(recipe: Recipe, progress: Progress) -> tuple[str, PreTrainedConfig, Architecture]:

@@ -128,8 +128,11 @@ def save_adapter(model: PeftModel, setup: Setup, folder: Path) -> Path:
     refuse_non_finite(model)
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
+    # Whoever loads the adapter gets the base as it was, and not what its authors make of it later.
+    model.peft_config["default"].revision = getattr(model.config, "_commit_hash", None) or setup.recipe.model.revision
     try:
         save_adapter_files(model, aside)
+        (aside / "README.md").unlink(missing_ok=True)  # PEFT's form to be filled in; the run's model card is beside the folder
         setup.tokenizer.save_pretrained(str(aside))
         make_readable(aside)
         sync_tree(aside)

@@ -133,15 +133,12 @@ def restore_adapter_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def limit_requests(
-    seconds: float, *, before: Callable[[], None], after: Callable[[], None], answered: Callable[[Any], None] | None = None
-) -> None:
-    """Give every request of the Hub's client a time-out, and have one function called before each and one after each answer;
-    `answered` is given the answer.
+def limit_requests(seconds: float, *, before: Callable[[], None], after: Callable[[Any], None]) -> None:
+    """Give every request of the Hub's client a time-out, and have one function called before each, and one with each answer.
 
-    huggingface_hub (1.31 to 2.4, utils/_http.py, `default_client_factory`) makes its HTTP client without any: an upload to a server
-    that takes the connection and never answers hangs for ever. Goes when uploads have a time-out of their own. Whoever has set a
-    client factory whose clients have time-outs keeps those.
+    huggingface_hub (1.31 to 2.4, utils/_http.py, `default_client_factory`) makes its HTTP client without any: an upload to a
+    server that takes the connection and never answers hangs for ever. Goes when uploads have a time-out of their own. Whoever has
+    set a client factory whose clients have time-outs keeps those.
     """
     from huggingface_hub import get_session, set_client_factory
 
@@ -151,9 +148,7 @@ def limit_requests(
             request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
 
     def heard(response: Any) -> None:
-        after()
-        if answered is not None:
-            answered(response)
+        after(response)
 
     session = get_session()
     for name, hook in (("request", ask), ("response", heard)):
@@ -175,12 +170,22 @@ def transport_errors() -> tuple[type[Exception], ...]:
     """What the HTTP library beneath the Hub's client raises when a connection fails: httpx for huggingface_hub 1, httpx2 for 2. The
     client lets these through as they are.
     """
+    library = _http_library()
+    return (library.TimeoutException, library.NetworkError, library.RemoteProtocolError)
+
+
+def request_errors() -> tuple[type[Exception], ...]:
+    """All that it raises, connections that fail included: an address that is none, too many redirects, refusals of the server."""
+    library = _http_library()
+    return (library.HTTPError, library.InvalidURL)
+
+
+def _http_library() -> Any:
     import importlib
 
     from huggingface_hub import get_session
 
-    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
-    return (library.TimeoutException, library.NetworkError, library.RemoteProtocolError)
+    return importlib.import_module(type(get_session()).__module__.partition(".")[0])
 
 
 def quieten_libraries() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora import _compat
 from qlora.errors import HubError
 from qlora.hub.patience import Patience, client, describe, status_of
 
@@ -271,16 +272,15 @@ def read_text(api: HfApi, found: Destination, path: str, patience: Patience) -> 
 @contextmanager
 def explained(problem: str) -> Iterator[None]:
     """Turn an answer of the server that no second attempt would change into a HubError whose sentence begins with `problem`."""
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
         yield
-    except HfHubHTTPError as error:
-        raise HubError(f"{problem}: {describe(error)}", _FIXES.get(status_of(error) or 0, _LOOK)) from error
+    except _compat.request_errors() as error:
+        raise HubError(f"{problem}: {describe(error)}", _FIXES.get(status_of(error), _LOOK)) from error
 
 
 _LOOK = "`hf auth whoami` says who this machine is to the Hub."
 _FIXES = {
+    None: "Look at HF_ENDPOINT: it is the whole address of a Hub, such as https://hub.example.org.",
     401: "The token is not known to the server: `hf auth login` with a new one, or put it into HF_TOKEN.",
     402: "The plan of that account does not allow it; its billing settings on the Hub say more.",
     403: "Take a token of the kind write, of an account that may write there; `hf auth whoami` shows whose this one is.",

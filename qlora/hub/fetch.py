@@ -11,12 +11,11 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import _compat
 from qlora.errors import HubError, ModelError, UnreachableError
 from qlora.hub.adapter import CONFIG, WEIGHTS, Adapter, describe, full_model, in_folder, without_weights
 from qlora.hub.patience import Patience, chain, client, describe as reason_of, status_of
@@ -82,25 +81,12 @@ def find_adapter(
         raise ModelError(f"{source} names the revision {at}, and --revision {revision} another.", "Leave one of them out.")
     wanted = at or revision or "main"
     with progress.stage(f"Fetching {source}") as update:
-        if patience is not None:
-            snapshot = _fetch(repo, wanted, patience, progress, update)
-        else:
-            with _own_patience(progress) as own:
-                snapshot = _fetch(repo, wanted, own, progress, update)
+        with nullcontext(patience) if patience is not None else Patience(_HOURS, tell=progress.note) as waiting:
+            snapshot = _fetch(repo, wanted, waiting, progress, update)
     return describe(repo, snapshot, base=base, revision=snapshot.name)
 
 
 # --- from the Hub ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _own_patience(progress: Progress) -> Iterator[Patience]:
-    """For one adapter; whatever asks the Hub afterwards, such as the download of the base, is not held to it."""
-    patience = Patience(_HOURS, tell=progress.note)
-    try:
-        yield patience
-    finally:
-        _compat.limit_requests(patience.answer_seconds, before=lambda: None, after=lambda: None)
 
 
 def _fetch(repo: str, revision: str, patience: Patience, progress: Progress, update: Callable[[int, int], None]) -> Path:

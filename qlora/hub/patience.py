@@ -30,7 +30,8 @@ _PASSING = {408, 425, 429, 500, 502, 503, 504}
 
 
 class Patience:
-    """How long one piece of work with the Hub may take, and how often it asks again.
+    """How long one piece of work with the Hub may take, and how often it asks again. A context manager: what the process does with
+    the client afterwards is not held to it.
 
     Args:
         total_seconds: after that, it is given up.
@@ -45,6 +46,13 @@ class Patience:
         self._began = self._last_move = time.monotonic()
         self._quiet_seconds = 0.0  # of earlier requests, since the last answer
         self._doing = "the work with the Hub"
+        self._finished = False
+
+    def __enter__(self) -> Patience:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finished = True
 
     @property
     def answer_seconds(self) -> float:
@@ -77,7 +85,7 @@ class Patience:
         """
         self.sign_of_life()
         pause = pause_in(response.headers) if response.status_code in _PASSING else None
-        if pause is None:
+        if pause is None or self._finished:
             return
         if time.monotonic() + pause - self._began > self.total_seconds:
             raise UnreachableError(
@@ -139,6 +147,8 @@ class Patience:
 
     def _afford(self, pause: float, error: Exception | None) -> None:
         """Raises UnreachableError where a pause of so many seconds would go past the end."""
+        if self._finished:
+            return
         now = time.monotonic()
         over = now + pause - self._began > self.total_seconds
         stalled = pause == 0 and self._quiet_seconds + now - self._last_move > self.stall_seconds
@@ -157,8 +167,7 @@ def client(patience: Patience) -> HfApi:
     """
     from huggingface_hub import HfApi
 
-    _compat.limit_requests(patience.answer_seconds, before=patience.asking, after=patience.sign_of_life,
-                           answered=patience.answered)
+    _compat.limit_requests(patience.answer_seconds, before=patience.asking, after=patience.answered)
     return HfApi(library_name="qlora")
 
 

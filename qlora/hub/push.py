@@ -129,15 +129,15 @@ def push(order: Order, progress: Progress | None = None) -> Pushed:
     """
     progress = progress or Progress()
     order = replace(order, run=find_run(order.run))
-    patience = Patience(order.max_minutes * 60, tell=progress.note)
     try:
-        with progress.stage(f"Looking at {order.target.repo}"):
-            parcel = pack(order)
-            found = find_destination(order.target, parcel.base, patience)
-            target = replace(order.target, repo=found.repo)
-            parcel = pack(replace(order, target=target)) if found.repo != order.target.repo else parcel
-            refuse_taken_tag(parcel, target, found, patience)
-        return _push(parcel, target, found, patience, progress)
+        with Patience(order.max_minutes * 60, tell=progress.note) as patience:
+            with progress.stage(f"Looking at {order.target.repo}"):
+                parcel = pack(order)
+                found = find_destination(order.target, parcel.base, patience)
+                target = replace(order.target, repo=found.repo)
+                parcel = pack(replace(order, target=target)) if found.repo != order.target.repo else parcel
+                refuse_taken_tag(parcel, target, found, patience)
+            return _push(parcel, target, found, patience, progress)
     except KeyboardInterrupt:
         raise PushError(f"The push of {order.run} to {order.target.repo} was interrupted. The repository holds all of it or "
                         "nothing of it; the run is as it was.", f"To finish it: {order.command}", exit_code=130) from None

@@ -29,9 +29,9 @@ def look_ahead(recipe: Recipe, progress: Progress, *, create_it: bool) -> Destin
     """
     if recipe.hub is None:
         return None
-    target, patience = target_of(recipe), Patience(_LOOK_SECONDS, tell=progress.note)
+    target = target_of(recipe)
     try:
-        with progress.stage(f"Asking the Hub about {target.repo}"):
+        with Patience(_LOOK_SECONDS, tell=progress.note) as patience, progress.stage(f"Asking the Hub about {target.repo}"):
             found = find_destination(target, recipe.hub.base_model or public_name(recipe.model.base), patience)
             if target.tag and found.exists and (at := tag_commit(client(patience), found.repo, target.tag, patience)):
                 raise taken_tag(target, found.repo, at)  # what is to be trained cannot be what is there

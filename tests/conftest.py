@@ -44,7 +44,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 # Files that take longest, first, so that no worker is left with one at the end.
 _LONGEST = (
     "test_faults.py", "test_exactness.py", "test_quickstart.py", "test_training.py", "test_t4.py", "test_budgets.py",
-    "test_cpu_truth.py", "test_simulator.py", "test_engine.py",
+    "test_cpu_truth.py", "test_simulator.py", "test_engine.py", "test_hub_faults.py", "test_hub_push.py", "test_use.py",
 )
 
 

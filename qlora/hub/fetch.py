@@ -111,7 +111,8 @@ def _fetch(repo: str, revision: str, patience: Patience, progress: Progress, upd
     for file in files:
 
         def moved(count: int, before: int = done) -> None:
-            patience.sign_of_life()
+            if count:  # each attempt begins with 0, which nobody has sent
+                patience.sign_of_life()
             patience.check()
             update(before + count, total)
 

@@ -22,6 +22,6 @@ def find_licence(base: str, revision: str | None = None) -> Licence | None:
     from qlora import _compat
 
     if "/" in base and not Path(base).expanduser().is_dir():
-        with suppress(HfHubHTTPError, HFValidationError, OSError, *_compat.transport_errors()):
-            client(Patience(_MAX_SECONDS)).hf_hub_download(base, "README.md", revision=revision)
+        with suppress(HfHubHTTPError, HFValidationError, OSError, *_compat.transport_errors()), Patience(_MAX_SECONDS) as patience:
+            client(patience).hf_hub_download(base, "README.md", revision=revision)
     return licence_of_base(base, revision)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import truth
-from test_engine_loss import FAMILIES, batch, bases, build, gradients, one_thread  # noqa: F401
+from test_engine_loss import FAMILIES, batch, bases, build, gradients  # noqa: F401
 
 from qlora.architecture import describe, select_targets
 from qlora.catalog.skeleton import find_layers
@@ -17,6 +17,7 @@ from qlora.model.meta import build_base_on_meta
 from qlora.planning.trace import Recorder
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the embedding -----------------------------------------------------------------------------------------------------

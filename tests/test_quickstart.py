@@ -26,10 +26,10 @@ def test_the_quickstart_teaches_what_the_base_could_not_do(root, tmp_path):
 
 
 def test_a_real_pretrained_model_learns_real_maths_text(root, shared, tmp_path):
-    """stories260K on GSM8K, 64 steps: a sketch of the same run came from 5.10 to 2.74."""
+    """stories260K on GSM8K, 64 steps: a sketch of the same run, with batches twice as large, came from 5.10 to 2.74."""
     report, _ = train(
         root / "tests" / "recipes" / "stories-gsm8k.yaml", tmp_path / "run", "train.eval_every=0", "train.save_every=0",
-        "data.validation=0.2",
+        "data.validation=0.1", "train.batch=8",
         f"model={shared / 'models' / 'stories260K'}", f"data.path={shared / 'data' / 'gsm8k' / 'train.jsonl'}",
     )
     assert report["before"]["loss"] > 4.5
@@ -42,9 +42,9 @@ def test_a_real_pretrained_model_learns_real_maths_text(root, shared, tmp_path):
         ("korean_chatbot/ChatbotData.csv", "question_answer"),
         ("llamafactory_glaive/glaive_toolcall_en_demo.json", "sharegpt"),
         ("llamafactory_glaive/identity.json", "alpaca"),
-        ("self_instruct/seed_tasks.jsonl", "alpaca"),
-        ("self_instruct/user_oriented_instructions.jsonl", "alpaca"),
-        ("fastchat/dummy_conversation.json", "sharegpt"),
+        pytest.param("self_instruct/seed_tasks.jsonl", "alpaca", marks=pytest.mark.long),
+        pytest.param("self_instruct/user_oriented_instructions.jsonl", "alpaca", marks=pytest.mark.long),
+        pytest.param("fastchat/dummy_conversation.json", "sharegpt", marks=pytest.mark.long),
     ],
 )
 def test_formats_of_real_data_are_found_and_trained_on(path, format, shared, tmp_path):

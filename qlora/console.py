@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn, DownloadColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -41,7 +43,7 @@ class ConsoleProgress(Progress):
         started, text = time.perf_counter(), redact(text)
         columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn()]
         if in_bytes:
-            columns[3:3] = [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+            columns[3:3] = [DownloadColumn(binary_units=True), _Speed()]
         with Bars(*columns, console=self.console, transient=True, disable=not (bar and self.console.is_terminal)) as bars:
             task = bars.add_task(text, total=None)
             yield lambda done, total: bars.update(task, completed=done, total=total)
@@ -82,3 +84,11 @@ class ConsoleProgress(Progress):
 
     def _say(self, text: str) -> None:
         self.console.print(Text(f"  {redact(text)}"))
+
+
+class _Speed(ProgressColumn):
+    """Bytes a second, in the units of everything else (rich has decimal ones)."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{format_bytes(speed)}/s" if speed else "")

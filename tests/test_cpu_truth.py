@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from faults.parameters import in_long
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import ANSWER_TOKENS, CPU, Cell, Truth, measure, save_base, small_config
@@ -166,7 +167,7 @@ def near(true, planned):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("length, block", [(24, 24), (256, 64), (1000, 256)])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("threads", [1, 2, *in_long(4)])
 def test_flash_attention_takes_its_buffers(dtype, length, block, masked, threads):
     torch.set_num_threads(threads)
     query, key, value = (torch.randn(2, length, heads, 48, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2))

@@ -21,7 +21,7 @@ from faults.parameters import few_and_many, in_long
 
 pytest_plugins = ["faults.fixtures"]
 
-_NUM_CHAINS, _NUM_LONG_CHAINS = 10, 60  # of about three kills each: 30 and 200 in all
+_NUM_CHAINS, _NUM_LONG_CHAINS = 7, 63  # of about three kills each: 20 and 200 in all
 
 
 def contents(folder):

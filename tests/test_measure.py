@@ -80,6 +80,7 @@ def test_what_is_done_is_not_done_again(measured, script):
     assert again.stdout == printed == run(script, "--summary", str(out)).stdout
 
 
+@pytest.mark.long
 def test_a_failure_is_written_down_and_tried_again(script, tmp_path):
     out = tmp_path / "lines.jsonl"
     for tries in (1, 2):
@@ -88,6 +89,7 @@ def test_a_failure_is_written_down_and_tried_again(script, tmp_path):
     assert len(read_lines(out)) == 1 and "| failed | 1 |" in printed
 
 
+@pytest.mark.long
 def test_running_out_of_memory_is_a_result(tmp_path, monkeypatch):
     from qlora.training.trainer import AdapterTrainer
 

@@ -27,6 +27,7 @@ def scripts(root):
         sys.modules.pop(name)
 
 
+@pytest.mark.long
 def test_the_proof_of_an_8b_with_a_small_model(scripts, tmp_path, capsys):
     config = {**scripts.prove_streaming._SMALL, "num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -41,7 +41,7 @@ def test_a_real_pretrained_model_learns_real_maths_text(root, shared, tmp_path):
     [
         ("korean_chatbot/ChatbotData.csv", "question_answer"),
         ("llamafactory_glaive/glaive_toolcall_en_demo.json", "sharegpt"),
-        ("llamafactory_glaive/identity.json", "alpaca"),
+        pytest.param("llamafactory_glaive/identity.json", "alpaca", marks=pytest.mark.long),
         pytest.param("self_instruct/seed_tasks.jsonl", "alpaca", marks=pytest.mark.long),
         pytest.param("self_instruct/user_oriented_instructions.jsonl", "alpaca", marks=pytest.mark.long),
         pytest.param("fastchat/dummy_conversation.json", "sharegpt", marks=pytest.mark.long),

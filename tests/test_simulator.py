@@ -4,6 +4,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
+from faults.parameters import in_long
 
 from qlora.architecture import describe, find_config, select_targets
 from qlora.hardware import device_from_card
@@ -27,7 +28,7 @@ def simulator(model, device=None, **changes):
     return Simulator(Workload(**{**values, **changes}))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS[:3], *in_long(*MODELS[3:])])
 def test_two_shallow_models_tell_the_whole_one(model):
     found = simulator(model)
     whole = found.whole(BASE, generation_tokens=1024)

@@ -126,6 +126,13 @@ print(torch.equal(here, there), not torch.equal(bare, here))
     assert done.stdout.split() == ["True", "True"], done.stderr
 
 
+def test_what_was_pushed_is_merged_from_anywhere(trained, tmp_path):
+    """Base and adapter are found by the Hub id alone, on a machine that has never seen the run."""
+    done = qlora({**trained.environment, "HF_HOME": str(tmp_path / "home")}, "merge", "tester/my-tiny", tmp_path / "merged")
+    assert done.returncode == 0 and "Checked: loaded by Transformers" in done.stdout, done.stderr
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
 def test_the_second_push_makes_no_commit(trained):
     before = digests(trained.run)
     done = qlora(trained.environment, "push", trained.run)

@@ -235,6 +235,12 @@ def test_a_repository_with_something_else_is_refused(hub, push, files, private, 
     assert {path: hub.files("tester/it")[path] for path in files} == files
 
 
+@pytest.mark.parametrize("words", [["--tag", "my tag"], ["--tag", "a..b"], ["--revision", "x/"], ["--tag", "deadbeef"], ["--revision", "x.lock"]])
+def test_names_that_git_does_not_take_are_refused_before_anything_else(hub, push, words):
+    done = push("it", *words)
+    assert done.returncode == 2 and "cannot be the name of a" in done.stderr and not hub.requests("repos|models")
+
+
 def test_public_only_where_it_is_said(hub, push):
     assert push("it", "--public").returncode == 0 and not hub.repos["tester/it"].private
 

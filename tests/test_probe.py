@@ -97,7 +97,7 @@ def fail_when(monkeypatch, condition):
     return failed
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [1, *in_long(3)])
 def test_a_step_that_runs_out_of_memory_is_split_and_nothing_else_changes(step, recipe, monkeypatch):
     """In fp32 on the CPU not one bit: rows, order and gradients are the same."""
     sections = {"model": {"dtype": "fp32"}}

@@ -113,6 +113,7 @@ def test_a_partial_last_window_weighs_its_tokens(recipe):
     assert last[0] == pytest.approx(last[1], rel=1e-3)
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_run(recipe):
     first, second = train(recipe("first")), train(recipe("second"))
     assert losses(first) == losses(second)

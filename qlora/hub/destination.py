@@ -7,6 +7,7 @@ the client takes the refusal for "it exists" where it does (huggingface_hub 2.4,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # What every repository may have from the start, or get by hand, whatever it is for.
 _NEUTRAL = {".gitattributes", ".gitignore", "README.md", "MODEL_CARD.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"}
 _ADAPTER = "adapter_config.json"
+_REFERENCE, _COMMIT = re.compile(r"[A-Za-z0-9_][\w./+-]{0,127}", re.ASCII), re.compile(r"[0-9a-f]{7,40}")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ def find_destination(target: Target, base: str | None, patience: Patience) -> De
         HubError: no token, one that may not write there, a name that cannot be, a repository that holds something else.
     """
     check_name(target.repo)
+    for kind, name in (("branch", target.revision), ("tag", target.tag)):
+        if name is not None:
+            check_reference(kind, name)
     api = client(patience)
     account = find_account(api, patience)
     repo = target.repo if "/" in target.repo else f"{account.name}/{target.repo}"
@@ -121,6 +126,15 @@ def check_name(repo: str) -> None:
     except HFValidationError as error:
         raise HubError(f"{repo!r} cannot be the name of a repository: {str(error).splitlines()[0]}",
                        "Write name or owner/name with letters, digits, '-', '_' and '.', such as me/my-adapter.") from None
+
+
+def check_reference(kind: str, name: str) -> None:
+    """Raises HubError for what git takes for no branch or tag (git-check-ref-format), or the Hub for a commit."""
+    parts = name.split("/")
+    wrong = not _REFERENCE.fullmatch(name) or ".." in name or any(not part or part[0] in ".-" or part.endswith((".", ".lock")) for part in parts)
+    if wrong or _COMMIT.fullmatch(name) or parts[0] == "refs":
+        raise HubError(f"{name!r} cannot be the name of a {kind}.",
+                       "Write letters, digits, '-', '_', '.' and '/', such as v1 or experiments/long-rows.")
 
 
 # --- who we are --------------------------------------------------------------------------------------------------------

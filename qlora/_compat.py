@@ -167,8 +167,8 @@ def limit_requests(seconds: float, *, before: Callable[[], None], after: Callabl
 
 
 def transport_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP library beneath the Hub's client raises when a connection fails: httpx for huggingface_hub 1, httpx2 for 2. The
-    client lets these through as they are.
+    """What the HTTP library beneath the Hub's client raises when a connection fails: httpx for huggingface_hub 1, httpx2 for 2.
+    The client lets these through as they are.
     """
     library = _http_library()
     return (library.TimeoutException, library.NetworkError, library.RemoteProtocolError)

@@ -134,7 +134,7 @@ def _of_base(error: ModelError, adapter: Adapter) -> ModelError:
     if "trust_remote_code" in error.fix:
         return ModelError(error.problem, "Code of a model is never run here. " + _ANOTHER_BASE)
     return ModelError(error.problem,
-                      f"{adapter.name} names it as its base. {error.fix}\nOr take another copy of it: --base MODEL")
+                      f"It is the base of {adapter.name}. {error.fix}\nOr take another copy of it: --base MODEL")
 
 
 # --- the adapter -------------------------------------------------------------------------------------------------------

@@ -51,11 +51,11 @@ Nothing is lost: a base that is removed is made again by the run that needs it. 
 QLORA_CACHE names another place for the cache, such as a larger disk.
 """
 _PUSH_DESCRIPTION = """\
-Send a finished run to the Hub: adapter, tokenizer, chat template, a model card, the report with its plots, settings and plan. Never
-checkpoints, optimizer state or data. The repository is private unless --public is given.
+Send a finished run to the Hub: adapter, tokenizer, chat template, a model card, the report with its plots, settings and plan.
+Never checkpoints, optimizer state or data. The repository is private unless --public is given.
 
-Everything becomes visible in one commit, or nothing does; then the server's sizes and checksums are held against the files here. The
-run folder is not touched. Running it again finishes what was broken off, and changes nothing where all is there.
+Everything becomes visible in one commit, or nothing does; then the server's sizes and checksums are held against the files here.
+The run folder is not touched. Running it again finishes what was broken off, and changes nothing where all is there.
 """
 _PUSH_EXAMPLES = """\
 examples:
@@ -64,8 +64,8 @@ examples:
   qlora push runs/chat-2 me/chat-adapter --tag v2
 
 Log in once with `hf auth login` and a token of the kind write, or set HF_TOKEN. HF_ENDPOINT names a Hub of your own.
-A recipe pushes by itself with a line `hub: me/chat-adapter`; that is looked into before training. Exit code 3: not pushed, nothing
-lost, and the message has the command that finishes it.
+A recipe pushes by itself with a line `hub: me/chat-adapter`; that is looked into before training. Exit code 3: not pushed,
+nothing lost, and the message has the command that finishes it.
 """
 
 

@@ -140,7 +140,8 @@ PASSING = [
         commits=(2, 2), besides=("LICENSE",), check=tried("/commit/", 2)),
 ]
 FOR_EVER = [
-    Row("500 from the commit for ever", _AT_LIMIT, busy(COMMIT), 3, ("500", "ommit", FINISH), minutes=SHORT, seconds=15, long=True),
+    Row("500 from the commit for ever", _AT_LIMIT, busy(COMMIT), 3, ("500", "ommit", FINISH), minutes=SHORT, seconds=15,
+        long=True),
     Row("500 from the commit for ever, six attempts", "3: gives up after 31 s of pauses", busy(COMMIT), 3,
         ("in 6 attempts", "500", FINISH), seconds=60, check=tried("/commit/", 6), long=True),
     *(Row(f"500 from {name} for ever", _AT_LIMIT, busy(where), 3, ("500", FINISH), minutes=0.5, seconds=50, long=True)

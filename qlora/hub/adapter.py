@@ -113,8 +113,9 @@ def refuse_unusable(name: str, config: Mapping[str, Any]) -> None:
                          "Name an adapter of a language model.")
     if start not in _PLAIN_STARTS:
         raise ModelError(f"{name} was started with {_shown(start)} (init_lora_weights), which changes the base's weights as "
-                         "well; on a 4-bit base it would not be what was trained.", "Ask its author for one converted to plain LoRA "
-                         "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)).")
+                         "well; on a 4-bit base it would not be what was trained.",
+                         "Ask its author for one converted to plain LoRA (PEFT: save_pretrained(..., "
+                         "path_initial_model_for_weight_conversion=...)).")
     if config.get("megatron_config"):
         raise ModelError(f"{name} asks for Megatron layers (megatron_config), which are not loaded here.",
                          "Take megatron_config out of adapter_config.json if it was not trained with Megatron.")

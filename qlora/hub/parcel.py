@@ -1,7 +1,7 @@
 """What a push sends: the adapter with tokenizer and template, the model card, and below run/ what the run says of itself.
 
-Files are named one by one. Whatever else lies in a run folder (checkpoints, optimizer state, metrics, rows) stays where it is, and
-what is sent is looked through for secrets first.
+Files are named one by one. Whatever else lies in a run folder (checkpoints, optimizer state, metrics, rows) stays where it is,
+and what is sent is looked through for secrets first.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def find_run(folder: Path) -> Path:
     return run
 
 
-def gather(run: Path, repo: str, *, base_model: str | None = None, licence: Licence | None = None, samples: bool = False) -> Parcel:
+def gather(
+    run: Path, repo: str, *, base_model: str | None = None, licence: Licence | None = None, samples: bool = False
+) -> Parcel:
     """All that is sent of a finished run, see `find_run`.
 
     Args:
@@ -161,8 +163,8 @@ def gather(run: Path, repo: str, *, base_model: str | None = None, licence: Lice
 
 
 def is_ours(path: str) -> bool:
-    """Whether a file of a repository is of a kind that a push writes, so that an old one is removed: a template that is left behind
-    would be loaded with the new adapter.
+    """Whether a file of a repository is of a kind that a push writes, so that an old one is removed: a template that is left
+    behind would be loaded with the new adapter.
     """
     return path.startswith("run/") or path in (ADAPTER_CONFIG, WEIGHTS, _OLD_WEIGHTS) or bool(_TOKENIZER.fullmatch(path))
 
@@ -184,7 +186,8 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError("it holds no mapping")
         return document
     except (OSError, ValueError) as error:
-        raise OutputError(f"{path} cannot be read: {str(error).splitlines()[0]}.", "Name the folder of a finished run.") from error
+        raise OutputError(f"{path} cannot be read: {str(error).splitlines()[0]}.",
+                          "Name the folder of a finished run.") from error
 
 
 # --- details -----------------------------------------------------------------------------------------------------------
@@ -205,7 +208,11 @@ def _adapter_files(folder: Path) -> list[str]:
 
 
 def _adapter_config(path: Path, base: str, model: ModelFacts | None) -> bytes:
-    """PEFT's config with a base that others can find, pinned to the commit that it was trained on; None where that is not known."""
+    """PEFT's config with a base that others can find, pinned to the commit that it was trained on.
+
+    Args:
+        model: None where the base has another name than the run gave it, so that no commit of it is known.
+    """
     config = read_json(path)
     config["base_model_name_or_path"] = base
     pinned = model is not None and not model.is_folder and not base.startswith("builtin:")

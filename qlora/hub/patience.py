@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,13 +26,14 @@ _Result = TypeVar("_Result")
 # What a server that is alive answers within, at most. A commit of many large files takes the Hub some seconds.
 _ANSWER_SECONDS = 60.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
-_AGAIN = "Look at the connection, and at HF_ENDPOINT if it is set; then run the same command again: what has arrived is not sent twice."
+_AGAIN = ("Look at the connection, and at HF_ENDPOINT if it is set; then run the same command again: what has arrived is not "
+          "sent twice.")
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 
 
 class Patience:
-    """How long one piece of work with the Hub may take, and how often it asks again. A context manager: what the process does with
-    the client afterwards is not held to it.
+    """How long one piece of work with the Hub may take, and how often it asks again. A context manager: what the process does
+    with the client afterwards is not held to it.
 
     Args:
         total_seconds: after that, it is given up.
@@ -89,8 +91,9 @@ class Patience:
             return
         if time.monotonic() + pause - self._began > self.total_seconds:
             raise UnreachableError(
-                f"The server answered {response.status_code}, and wants to be asked again in {format_seconds(pause)}; this work may take "
-                f"{format_seconds(self.total_seconds)} in all.", "Run the same command again then: it goes on from what has arrived.")
+                f"The server answered {response.status_code}, and wants to be asked again in {format_seconds(pause)}; this work "
+                f"may take {format_seconds(self.total_seconds)} in all.",
+                "Run the same command again then: it goes on from what has arrived.")
         self._last_move += pause  # silence that was announced
 
     def check(self) -> None:
@@ -110,8 +113,8 @@ class Patience:
             what: the piece of work as the beginning of a line, "creating me/it".
 
         Raises:
-            UnreachableError: attempts or time are used up; names `what` and the last reason. Everything else comes through as it is, as it
-                would come again.
+            UnreachableError: attempts or time are used up; names `what` and the last reason. Everything else comes through as
+                it is, as it would come again.
         """
         for attempt in range(1, attempts + 1):
             try:
@@ -247,3 +250,23 @@ def describe(error: BaseException) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+@contextmanager
+def explained(problem: str) -> Iterator[None]:
+    """Turn an answer of the server that no second attempt would change into a HubError whose sentence begins with `problem`."""
+    try:
+        yield
+    except _compat.request_errors() as error:
+        raise HubError(f"{problem}: {describe(error)}", _FIXES.get(status_of(error), _LOOK)) from error
+
+
+_LOOK = "`hf auth whoami` says who this machine is to the Hub."
+_FIXES = {
+    None: "Look at HF_ENDPOINT: it is the whole address of a Hub, such as https://hub.example.org.",
+    401: "The token is not known to the server: `hf auth login` with a new one, or put it into HF_TOKEN.",
+    402: "The plan of that account does not allow it; its billing settings on the Hub say more.",
+    403: "Take a token of the kind write, of an account that may write there; `hf auth whoami` shows whose this one is.",
+    404: f"Check the name; a private repository of others looks as if it were not there. {_LOOK}",
+    429: "The server wants to be left alone for a while; run the same command again later.",
+}

@@ -1,7 +1,7 @@
 """Send a finished run to the Hub: as one commit, which is there or not, and then hold the server to it.
 
-By the time this runs, everything is on disk, and nothing here writes into the run folder. Running it again finishes what was broken
-off: files that have arrived are not sent twice, and a repository that holds all of it already gets no second commit.
+By the time this runs, everything is on disk, and nothing here writes into the run folder. Running it again finishes what was
+broken off: files that have arrived are not sent twice, and a repository that holds all of it already gets no second commit.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.errors import HubError, PushError, QloraError, UnreachableError
-from qlora.hub.destination import Destination, Target, create, explained, find_destination, look, read_text
+from qlora.hub.destination import Destination, Target, check_target, create, find_destination, look, read_text
 from qlora.hub.licences import find_licence
 from qlora.hub.parcel import CARD, CARD_BESIDE, Item, Parcel, find_run, gather, read_json
-from qlora.hub.patience import Patience, client, describe
+from qlora.hub.patience import Patience, client, describe, explained
 from qlora.hub.upload import commit, difference, is_there
 from qlora.progress import Progress
 from qlora.results.model_card import is_unedited
@@ -98,9 +98,10 @@ def pack(order: Order, progress: Progress | None = None) -> Parcel:
 
     Raises:
         OutputError: there is no finished run.
-        HubError: a file that would be sent holds a secret.
+        HubError: a name that cannot be, or a file that would be sent holds a secret.
     """
     run = find_run(order.run)
+    check_target(order.target)
     facts = load_report(run).model
     with (progress or Progress()).stage("Gathering what is to be sent"):
         licence = find_licence(order.base_model or facts.base, None if order.base_model else facts.revision)
@@ -125,7 +126,8 @@ def push(order: Order, progress: Progress | None = None) -> Pushed:
     Raises:
         OutputError: there is no finished run.
         HubError: it cannot be pushed as it is: token, name, what is there. Nothing has been sent.
-        PushError: it did not arrive, or not whole. The run is on disk as before, and the error names the command that finishes it.
+        PushError: it did not arrive, or not whole. The run is on disk as before, and the error names the command that finishes
+        it.
     """
     progress = progress or Progress()
     order = replace(order, run=find_run(order.run))
@@ -142,7 +144,8 @@ def push(order: Order, progress: Progress | None = None) -> Pushed:
         raise PushError(f"The push of {order.run} to {order.target.repo} was interrupted. The repository holds all of it or "
                         "nothing of it; the run is as it was.", f"To finish it: {order.command}", exit_code=130) from None
     except (PushError, UnreachableError) as error:
-        raise PushError(f"{error.problem} The run in {order.run} is as it was.", f"To finish the push: {order.command}") from error
+        raise PushError(f"{error.problem} The run in {order.run} is as it was.",
+                        f"To finish the push: {order.command}") from error
     except QloraError:
         raise
     except Exception as error:
@@ -163,7 +166,8 @@ def _push(parcel: Parcel, target: Target, found: Destination, patience: Patience
             if not change:
                 break
             with failures_named(f"The run did not reach {found.repo}, where {change} are missing"):
-                arrived = commit(api, found, change, target, f"LoRA adapter for {parcel.base}, trained with qlora", patience, progress)
+                title = f"LoRA adapter for {parcel.base}, trained with qlora"
+                arrived = commit(api, found, change, target, title, patience, progress)
             found = look(api, found.repo, target.revision, patience)
             if arrived:  # otherwise somebody else was faster
                 break
@@ -174,14 +178,16 @@ def _push(parcel: Parcel, target: Target, found: Destination, patience: Patience
         with failures_named(f"All files are in {found.repo}, but the tag {target.tag} is not set"):
             set_tag(api, target, found, patience)
     url = f"{api.endpoint}/{found.repo}" + ("" if target.revision == "main" else f"/tree/{target.revision}")
-    return Pushed(found.repo, url, found.head, parcel.base, tuple(item.path for item in change.items), (*notes, *filter(None, [note])))
+    sent = tuple(item.path for item in change.items)
+    return Pushed(found.repo, url, found.head, parcel.base, sent, (*notes, *filter(None, [note])))
 
 
 # --- details -----------------------------------------------------------------------------------------------------------
 
 
 def settle_card(parcel: Parcel, found: Destination, api: HfApi, patience: Patience) -> tuple[tuple[Item, ...], str]:
-    """The files with the card where it may go, and a line about it: a README.md that people have edited on the Hub stays as it is.
+    """The files with the card where it may go, and a line about it: a README.md that people have edited on the Hub stays as it
+    is.
     """
     if CARD not in found.files or is_there(parcel.card, found.files):
         return parcel.items, ""

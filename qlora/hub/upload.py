@@ -19,8 +19,8 @@ from qlora.units import format_bytes
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# Hosts that take uploads through Xet, which resumes inside a file. Others are spoken to in the plain protocol (LFS): nothing tells
-# beforehand whether a server knows Xet (https://github.com/huggingface/huggingface_hub/issues/4786).
+# Hosts that take uploads through Xet, which resumes inside a file. Others are spoken to in the plain protocol (LFS): nothing
+# tells beforehand whether a server knows Xet (https://github.com/huggingface/huggingface_hub/issues/4786).
 _XET_HOSTS = ("huggingface.co", "hub-ci.huggingface.co")
 # Files are sent one after the other, but small texts together: a question to the server costs more than they do.
 _SMALL_BYTES = 2**20
@@ -66,7 +66,8 @@ def is_there(item: Item, files: Mapping[str, Remote]) -> bool:
 def commit(
     api: HfApi, found: Destination, change: Difference, target: Target, message: str, patience: Patience, progress: Progress
 ) -> bool:
-    """Upload files, then write all of them into one commit. False where others have changed the branch meanwhile: nothing is written.
+    """Upload files, then write all of them into one commit. False where others have changed the branch meanwhile: nothing is
+    written.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -77,8 +78,8 @@ def commit(
         if not through_xet:
             held.enter_context(without_bars())
         reader = Reader(change.items, update, patience)
-        additions = [CommitOperationAdd(item.path, reader.xet_source(item) if through_xet else held.enter_context(reader.open(item)))
-                     for item in change.items]
+        sources = [reader.xet_source(item) if through_xet else held.enter_context(reader.open(item)) for item in change.items]
+        additions = [CommitOperationAdd(item.path, source) for item, source in zip(change.items, sources, strict=True)]
         if not through_xet:
             for addition in additions:
                 addition.upload_info.sha256  # reads the file, if it has not been read yet, and is no upload
@@ -100,8 +101,9 @@ def commit(
 
 
 def grouped(items: Sequence[Item], additions: list[Any]) -> Iterator[list[Any]]:
-    """Large files alone, so that one that fails is tried again alone; small texts together at the end. Small files that are no text are
-    large to the Hub, and go alone as well: several at once are sent by threads of the client, which Ctrl-C would have to wait for.
+    """Large files alone, so that one that fails is tried again alone; small texts together at the end. Small files that are no
+    text are large to the Hub, and go alone as well: several at once are sent by threads of the client, which Ctrl-C would have
+    to wait for.
     """
     texts = [addition for item, addition in zip(items, additions) if _goes_with_others(item)]
     yield from ([addition] for item, addition in zip(items, additions) if not _goes_with_others(item))

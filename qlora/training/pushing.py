@@ -19,7 +19,8 @@ _LOOK_SECONDS = 120.0
 
 
 def look_ahead(recipe: Recipe, progress: Progress, *, create_it: bool) -> Destination | None:
-    """Find out whether the push at the end can succeed, before any time is spent; None without a hub section, or where it may fail.
+    """Find out whether the push at the end can succeed, before any time is spent; None without a hub section, or where it may
+    fail.
 
     Args:
         create_it: also make the repository, empty: whether that is allowed is known only when it is done.
@@ -38,8 +39,8 @@ def look_ahead(recipe: Recipe, progress: Progress, *, create_it: bool) -> Destin
             found = create(found, target, patience) if create_it else found
     except HubError as error:
         if recipe.hub.required:
-            raise HubError(error.problem, f"{error.fix}\nhub.required=false trains all the same; leaving the hub section out pushes "
-                           "nothing.") from error
+            raise HubError(error.problem, f"{error.fix}\nhub.required=false trains all the same; leaving the hub section out "
+                           "pushes nothing.") from error
         progress.note(f"The push will probably fail: {error.problem} {error.fix}")
         return None
     for note in found.notes:

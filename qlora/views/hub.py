@@ -41,7 +41,8 @@ def parcel_view(parcel: Parcel, target: Target) -> RenderableType:
 def pushed_lines(pushed: Pushed) -> list[str]:
     """The address, and in one line how to load what is there."""
     done = f"Pushed to {pushed.url}" if pushed.sent else f"Everything is there already: {pushed.url}"
-    return [*pushed.notes, done, f'Load it: PeftModel.from_pretrained(base, "{pushed.repo}"), or talk to it: qlora chat {pushed.repo}']
+    load = f'Load it: PeftModel.from_pretrained(base, "{pushed.repo}"), or talk to it: qlora chat {pushed.repo}'
+    return [*pushed.notes, done, load]
 
 
 def _size(size_bytes: int) -> str:

@@ -172,14 +172,28 @@ def test_a_run_whose_push_cannot_succeed_does_not_begin(hub, tmp_path, root):
 
 
 def test_a_push_that_is_not_required_lets_the_run_go_on(hub, tmp_path, small_model, rows_file):
+    """The base is on the Hub as well: the adapter names it, and the commit that it was trained on."""
+    hub.add_repo("acme/base", {path.name: path.read_bytes() for path in small_model.iterdir()})
+    hub.add_commit("acme/base", {"README.md": b"---\nlicense: mit\n---\n"})
+    commit = hub.commits("acme/base")[0].oid
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(f"model: {small_model}\ndata: {rows_file}\nmemory: {{device: cpu}}\noutput: {tmp_path / 'out'}\n"
+    recipe.write_text(f"model: acme/base\ndata: {rows_file}\nmemory: {{device: cpu}}\noutput: {tmp_path / 'out'}\n"
                       "train: {max_steps: 1, batch: 8, sample_rows: 0}\nhub: {repo: it, required: false}\n")
     done = qlora(hub.environment(tmp_path / "home", "read"), "train", recipe)
     assert done.returncode == 3 and "The push will probably fail" in done.stderr, done.stderr
     assert f"qlora push {tmp_path / 'out'} it" in done.stderr and (tmp_path / "out" / "adapter").is_dir()
-    done = qlora(hub.environment(tmp_path / "home"), "push", tmp_path / "out")
-    assert done.returncode == 0 and json.loads(hub.files("tester/it")["adapter_config.json"])["base_model_name_or_path"] == small_model.name
+    hub.add_commit("acme/base", {"config.json": b"{}"})  # its owner goes on
+    assert qlora(hub.environment(tmp_path / "home"), "push", tmp_path / "out").returncode == 0
+    for config in (hub.files("tester/it")["adapter_config.json"], (tmp_path / "out/adapter/adapter_config.json").read_bytes()):
+        assert (json.loads(config)["base_model_name_or_path"], json.loads(config)["revision"]) == ("acme/base", commit)
+    card = hub.files("tester/it")["README.md"].decode()
+    assert "base_model: acme/base" in card and "license: mit" in card and commit in card
+
+
+def test_a_base_that_is_a_folder_is_named_without_its_place(small_model):
+    from qlora.hub.parcel import public_name
+
+    assert public_name(str(small_model)) == small_model.name and public_name("acme/base") == "acme/base"
 
 
 @pytest.mark.parametrize("token", ["fine", "fine-org"])

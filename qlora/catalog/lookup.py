@@ -51,6 +51,22 @@ def find_config(
     return config
 
 
+def cached_commit(base: str, revision: str | None = None) -> str | None:
+    """The commit of a model on the Hub that its client's cache holds for a branch, tag or commit: after a model has been loaded,
+    the one that it came from. None for a folder, and where nothing is cached.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(base).expanduser().is_dir():
+        return None
+    try:
+        path = try_to_load_from_cache(base, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(path).parent.name if isinstance(path, str) else None  # there is a third answer: known not to exist
+
+
 def is_causal(config: PreTrainedConfig) -> bool:
     """Whether the config is that of a model that predicts the next token, which is all that can be trained here."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING

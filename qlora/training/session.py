@@ -19,7 +19,7 @@ from qlora.training.meter import PHASE_OF, MemoryMeter
 from qlora.training.metrics_file import MetricsFile
 from qlora.training.resuming import Begun, fit_what_is_free, open_store, refuse_another_run
 from qlora.training.run_documents import RunProgress, write_json
-from qlora.training.setup import Setup, library_versions
+from qlora.training.setup import Setup, base_revision, library_versions
 from qlora.units import format_bytes
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def resolved(setup: Setup) -> dict[str, Any]:
     return {
         "recipe": setup.recipe.model_dump(exclude_unset=True),
         "settings": {key: vars(decision) for key, decision in setup.plan.decisions.items()},
-        "model": {"base": setup.recipe.model.base, "revision": getattr(setup.config, "_commit_hash", None),
+        "model": {"base": setup.recipe.model.base, "revision": base_revision(setup),
                   "architecture": setup.architecture.model_type, "parameters": setup.architecture.num_parameters},
         "data": {"files": setup.data.rowset.files, "sha256": setup.data.rowset.sha256, "fingerprint": setup.data.fingerprint},
         "versions": library_versions(),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.architecture import Architecture, TargetSelection, describe, find_config, select_targets
+from qlora.catalog.lookup import cached_commit
 from qlora.data import PreparedData
 from qlora.data import prepare as prepare_data
 from qlora.errors import HardwareError, ModelError, RecipeError
@@ -203,6 +204,12 @@ def check_trackers(recipe: Recipe) -> None:
         if find_spec(name) is None:
             raise RecipeError(f"train.report_to names {name}, which is not installed.",
                               f"Run `pip install {name}`, or leave it out: metrics.jsonl has the same figures.")
+
+
+def base_revision(setup: Setup) -> str | None:
+    """The commit of the base that was loaded; what the recipe says where none is known, as of a folder."""
+    named = setup.recipe.model
+    return (cached_commit(setup.base, named.revision) if named.weights == "pretrained" else None) or named.revision
 
 
 def library_versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qlora.durable import sync_folder, sync_tree
 from qlora.errors import DivergedError, OutputError, VerificationError
 from qlora.evaluation import Evaluation
-from qlora.training.setup import Setup
+from qlora.training.setup import Setup, base_revision
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -129,7 +129,7 @@ def save_adapter(model: PeftModel, setup: Setup, folder: Path) -> Path:
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     # Whoever loads the adapter gets the base as it was, and not what its authors make of it later.
-    model.peft_config["default"].revision = getattr(model.config, "_commit_hash", None) or setup.recipe.model.revision
+    model.peft_config["default"].revision = base_revision(setup)
     try:
         save_adapter_files(model, aside)
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's form to be filled in; the run's model card is beside the folder

@@ -13,7 +13,7 @@ from qlora.results.facts import DataFacts, ModelFacts, RunSummary, Sample, Templ
 from qlora.results.report import reproduce_command
 from qlora.training.meter import MemoryMeter, planned_phases
 from qlora.training.run_documents import RunProgress
-from qlora.training.setup import Setup, library_versions
+from qlora.training.setup import Setup, base_revision, library_versions
 from qlora.units import spread
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def model_facts(setup: Setup, model: PeftModel) -> ModelFacts:
     architecture = setup.architecture
     return ModelFacts(
         base=setup.recipe.model.base,
-        revision=getattr(model.config, "_commit_hash", None) or setup.recipe.model.revision,
+        revision=base_revision(setup),
         model_type=architecture.model_type,
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,

@@ -12,10 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from faults.runner import Done
 from loopback_hub import LoopbackHub
 
 # More than the buffers of a connection hold, so that an upload can really be broken in its middle.
@@ -64,16 +64,6 @@ def digests(folder: Path) -> dict[str, tuple[str, int]]:
     """SHA-256 and time of the last change of every file below the folder."""
     return {str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
             for path in folder.rglob("*") if path.is_file()}
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a process ended: negative codes are signals."""
-
-    code: int
-    out: str
-    err: str
-    seconds: float
 
 
 class Running:

@@ -149,7 +149,7 @@ FOR_EVER = [
     Row("429 from the commit, `Retry-After: 3600`", _TOO_LONG, asking(COMMIT, Retry_After="3600"),
         3, ("429", FINISH), seconds=20),
     Row("429 from preupload, `Retry-After: 3600`", _TOO_LONG,
-        asking(PREUPLOAD, Retry_After="3600"), 3, ("429", FINISH), seconds=20),
+        asking(PREUPLOAD, Retry_After="3600"), 3, ("429", FINISH), seconds=20, long=True),
     Row("429 from the commit, `Retry-After` with a date in a year", _TOO_LONG,
         asking(COMMIT, **_DATE), 3, ("429", FINISH), seconds=20, long=True),
     Row("nothing listens", _AT_LIMIT, lambda scene: setattr(scene, "endpoint", dead_address()), 3, (FINISH,),

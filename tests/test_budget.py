@@ -124,6 +124,7 @@ def test_sizes_that_are_none(text):
     assert error.value.fix and ("above zero" in error.value.problem) == text.startswith(("0", "-"))
 
 
+@pytest.mark.long
 def test_the_program_takes_what_the_table_says():
     """Resident memory of a process that has imported what a run imports, a torch product and its threads included."""
     script = (

@@ -192,7 +192,7 @@ _CASES = [
     ("llama", False, 3, "bf16", (streamed(0), "cached")),
     ("qwen3", True, 1, "fp32", (streamed(1, stream_from="ram"),)),
     ("gemma3", False, 8, "fp32", (streamed(0, stream_from="ram", dequantise_once=True),)),
-    ("gemma3", True, 3, "bf16", (streamed(1),)),
+    pytest.param("gemma3", True, 3, "bf16", (streamed(1),), marks=pytest.mark.long),
     ("gpt2", False, 8, "bf16", (streamed(2, dequantise_once=True, offload_adapters=True), streamed(0, visit_micro_batches=3))),
 ]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import truth
+from faults.parameters import in_long
 from test_cpu_truth import assert_close, rehearsed
 from torch.nn import functional as F
 
@@ -147,8 +148,8 @@ def test_a_frozen_layer_gets_no_gradient():
 
 
 @pytest.mark.parametrize("cell", [
-    truth.Cell("llama", micro_batch=3, length=300, compute="fp32", checkpointing=False, accumulation=2),
     truth.Cell("qwen3", micro_batch=3, length=300, compute="fp32", ragged=True),
+    *in_long(truth.Cell("llama", micro_batch=3, length=300, compute="fp32", checkpointing=False, accumulation=2)),
 ], ids=str)
 def test_a_rehearsal_knows_what_it_takes(cell, tmp_path):
     true = truth.measure(cell, tmp_path, after=("eval",)).peaks

@@ -37,8 +37,8 @@ def outcome(result):
 
 
 @pytest.mark.parametrize("sections", [
-    {"lora": {"dropout": 0.1}}, {"data": {"packing": True, "max_length": 100}, "train": {"micro_batch": 2, "batch": 4}},
-    *in_long({"model": {"dtype": "fp32"}}, {"train": {"optimizer": "adamw_8bit"}}),
+    {"lora": {"dropout": 0.1}},
+    *in_long({"data": {"packing": True, "max_length": 100}, "train": {"micro_batch": 2, "batch": 4}}, {"model": {"dtype": "fp32"}}, {"train": {"optimizer": "adamw_8bit"}}),
 ])
 def test_a_run_that_was_tried_out_equals_one_that_was_not(sections, recipe, monkeypatch):
     tried = outcome(train(recipe("tried", **sections)))

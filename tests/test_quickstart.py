@@ -40,7 +40,7 @@ def test_a_real_pretrained_model_learns_real_maths_text(root, shared, tmp_path):
     ("path", "format"),
     [
         ("korean_chatbot/ChatbotData.csv", "question_answer"),
-        ("llamafactory_glaive/glaive_toolcall_en_demo.json", "sharegpt"),
+        pytest.param("llamafactory_glaive/glaive_toolcall_en_demo.json", "sharegpt", marks=pytest.mark.long),
         pytest.param("llamafactory_glaive/identity.json", "alpaca", marks=pytest.mark.long),
         pytest.param("self_instruct/seed_tasks.jsonl", "alpaca", marks=pytest.mark.long),
         pytest.param("self_instruct/user_oriented_instructions.jsonl", "alpaca", marks=pytest.mark.long),

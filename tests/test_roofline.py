@@ -283,6 +283,7 @@ def test_streamed_receipts_come_back_from_the_file_and_old_ones_do_not_stream(ll
 # --- documents -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_table_of_the_readme_is_what_the_script_prints(root):
     done = subprocess.run([sys.executable, str(root / "scripts" / "roofline_table.py"), "--check"])
     assert done.returncode == 0, "run python scripts/roofline_table.py --write"

@@ -42,6 +42,18 @@ class HardwareError(QloraError, RuntimeError):
     """A device that is asked for but not there, or too small."""
 
 
+class DoesNotFitError(HardwareError):
+    """A plan that needs more than the budget, with the least that its recipe allows. Nothing has been written.
+
+    Attributes:
+        needed_bytes, budget_bytes: of device memory.
+    """
+
+    def __init__(self, problem: str, fix: str, needed_bytes: int, budget_bytes: int):
+        super().__init__(problem, fix)
+        self.needed_bytes, self.budget_bytes = needed_bytes, budget_bytes
+
+
 class OutputError(QloraError, OSError):
     """A run folder that cannot be written."""
 

@@ -8,6 +8,8 @@ the adapters by about that factor, so the two are chosen together.
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,9 +20,11 @@ DEFAULT_RANKS = (16, 64)  # smallest and largest rank chosen unasked
 LAST_RESORT_RANKS = (8, 4)  # only where nothing else fits
 SMALL_DATA = 1_000  # examples
 LEARNING_RATE_BAND = (2e-4, 5e-4)  # of lr x alpha / r
+FINE_STEP = 0.2  # of a learning rate that is tried next: 10 to 20 %
 SWEEP_RANKS = (4, 8, 16, 32)  # in this order, until doubling no longer pays; then SWEEP_POLICIES, then SWEEP_TARGETS
 SWEEP_POLICIES = ("conservative", "standard", "aggressive")
 SWEEP_TARGETS = ("qv", "attention", "all")
+SWEEP_GAIN = 0.01  # nats a token, 1 % of perplexity: what pays has to gain more, and more than the noise
 
 ALPHA_POLICIES = {
     "conservative": (1, "small or sensitive data, or the first run on a model"),
@@ -33,6 +37,8 @@ ADVICE = {
     "unstable": "The loss swings or grows: set lora.alpha to r, or lower train.learning_rate by 10 to 20 %.",
     "slow": "The loss falls too slowly: double lora.alpha, or raise train.learning_rate within its band.",
     "weak": "Not good enough: double lora.r, then adapt more projections (lora.targets), then raise lora.alpha.",
+    "overfitting": "The held-out loss rises: keep the best weights, train for fewer epochs, or lower lora.r.",
+    "dead": "Adapters do not learn: bring train.learning_rate into its band, or adapt only projections that get a gradient.",
     "out_of_memory": "Out of memory: lower train.micro_batch, then data.max_length, then lora.r, then lora.targets.",
 }
 
@@ -196,6 +202,52 @@ def check_learning_rate(learning_rate: float, r: int, alpha: float) -> Choice | 
         f"{low:g} to {high:g}, and the run may {risk}; train.learning_rate={value:g} is its nearest end.",
         "learning-rate band",
     )
+
+
+def calmer(learning_rate: float, r: int, alpha: float, lower_by: float = FINE_STEP) -> dict[str, float]:
+    """What to set where the loss swings or grows, see ADVICE: alpha to r where it is above; else a rate that is lower by this
+    share. A rate that is over its band comes to its upper end.
+
+    Alpha comes with the rate beside it, because one that is chosen for alpha would rise as that falls.
+    """
+    high = LEARNING_RATE_BAND[1]
+    if alpha > r:
+        return {"lora.alpha": r, "train.learning_rate": min(learning_rate, high)}
+    return {"train.learning_rate": float(f"{min((1 - lower_by) * learning_rate, high * r / alpha):.6g}")}
+
+
+def quicker(learning_rate: float, r: int, alpha: float) -> dict[str, float]:
+    """What to set where the loss falls too slowly, see ADVICE: the rate to its band where it is under it; else twice the alpha,
+    or a rate a fifth higher, as far as the band goes. Empty where it is at its end.
+    """
+    low, high = LEARNING_RATE_BAND
+    effective = effective_learning_rate(learning_rate, r, alpha)
+    if effective < low * (1 - 1e-6):
+        return {"train.learning_rate": float(f"{low * r / alpha:.6g}")}
+    if 2 * effective <= high * (1 + 1e-6):
+        return {"lora.alpha": 2 * alpha, "train.learning_rate": learning_rate}
+    if effective < high * (1 - 1e-6):
+        return {"train.learning_rate": float(f"{min((1 + FINE_STEP) * learning_rate, high * r / alpha):.6g}")}
+    return {}
+
+
+def gain_pays(losses: Sequence[float], losses_with_more: Sequence[float]) -> Choice:
+    """Whether more rank, alpha or targets pay: the mean gain in held-out loss must be above SWEEP_GAIN, and above its noise, two
+    standard errors of the gains by seed. The same seed holds out the same rows, so that gains compare like with like.
+
+    Args:
+        losses, losses_with_more: mean nats a token, one of each seed, in the same order.
+    """
+    gains = [less - more for less, more in zip(losses, losses_with_more, strict=True)]
+    gain, rule = statistics.fmean(gains), "gain above noise"
+    noise = 2 * statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    over = f"{len(gains)} seeds" if len(gains) > 1 else "one seed, which is no evidence"
+    if gain <= 0:
+        return Choice(False, f"the loss rises by {-gain:.4f} (± {noise:.4f} over {over})", rule)
+    said = f"the loss falls by {gain:.4f} (± {noise:.4f} over {over})"
+    if gain <= SWEEP_GAIN:
+        return Choice(False, f"{said}, not more than {SWEEP_GAIN:g}", rule)
+    return Choice(False, f"{said}, within the noise", rule) if gain <= noise else Choice(True, said, rule)
 
 
 def _find(bands: tuple[_Band, ...], amount: float) -> _Band:

@@ -98,6 +98,21 @@ class Recipe(BaseModel):
         copy._name, copy._source, copy._overrides = self._name, self._source, self._overrides
         return copy
 
+    def with_overrides(self, overrides: Iterable[str]) -> Recipe:
+        """A copy with `section.setting=value` replaced, as on the command line; they join those that were written there.
+
+        Raises:
+            RecipeError: with every problem found.
+        """
+        overrides = tuple(overrides)
+        tree = {name: getattr(self, name).model_dump(exclude_unset=True) for name in self.model_fields_set
+                if getattr(self, name) is not None}
+        lines: dict[str, int] = {}
+        _apply_overrides(tree, overrides, lines)
+        copy = _validated(tree, self._source or "recipe", lines)
+        copy._name, copy._source, copy._overrides = self._name, self._source, (*self._overrides, *overrides)
+        return copy
+
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `section.setting=value` overrides.
@@ -130,10 +145,10 @@ def build_recipe(name: str = "run", overrides: Iterable[str] = (), **sections: A
     """
     tree = {key: {SHORTHANDS[key]: value} if isinstance(value, str) and key in SHORTHANDS else value
             for key, value in sections.items()}
-    lines: dict[str, int] = {}
+    lines, overrides = {}, tuple(overrides)
     _apply_overrides(tree, overrides, lines)
     recipe = _validated(tree, "recipe", lines)
-    recipe._name = name
+    recipe._name, recipe._overrides = name, overrides
     return recipe
 
 

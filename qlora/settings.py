@@ -166,6 +166,10 @@ class TrainSection(Section):
         "auto", "Steps between evaluations; 0 = only before and after. auto = five times a run.",
         "auto or a whole number of steps from 0",
     )
+    monitor_every: _Auto | _CountInt = _setting(
+        "auto", "Steps between looks at gradients and adapters, which plots and advice rest on; 0 = none. auto = about fifty looks a "
+        "run, in at most one step of ten.", "auto or a whole number of steps from 0",
+    )
     save_every: _Auto | _CountInt = _setting(
         "auto", "Steps between checkpoints, beside those of the best evaluation and the last step; 0 = none. auto = at each evaluation.",
         "auto or a whole number of steps from 0"

@@ -24,6 +24,7 @@ from qlora.units import GIB
 _BATCH = 16
 _MIN_STEPS = 20
 _NUM_EVALUATIONS = 5
+_NUM_LOOKS, _STEPS_BETWEEN_LOOKS = 50, 10  # enough points for a plot; and at least so many steps apart
 # Products of this many rows by thousands of columns keep every core of a GPU busy; more at once is hardly faster, and the room
 # is better spent on keeping activations. What is left after that may go to rows, up to the second number.
 _SATURATED_TOKENS, _SPARE_TOKENS = 2048, 8192
@@ -155,9 +156,10 @@ def choose(recipe: Recipe, facts: Facts, found: Found, batch: Choice) -> tuple[d
     chosen["train.eval_every"] = evaluations
     every = recipe.train.eval_every if recipe.train.eval_every != "auto" else evaluations[0]
     chosen["train.save_every"] = _checkpoints(every, num_steps)
+    chosen["train.monitor_every"] = _looks(num_steps)
 
     if facts.num_train_rows is None:  # nothing is known of these, and nothing hangs on them
-        for key in ("data.format", "data.validation", "train.eval_every", "train.save_every"):
+        for key in ("data.format", "data.validation", "train.eval_every", "train.save_every", "train.monitor_every"):
             chosen[key] = (chosen[key][0], "default", chosen[key][2])
     for key, (value, source, reason) in chosen.items():
         if decisions[key].value in ("auto", "conservative", "standard", "aggressive"):
@@ -301,3 +303,12 @@ def _checkpoints(eval_every: int, num_steps: int | None) -> tuple[int, str, str]
         return 0, "derived", "there is no data yet"
     every = max(1, math.ceil(num_steps / _NUM_EVALUATIONS))
     return every, "rule", f"about {_NUM_EVALUATIONS} checkpoints a run; this one has {num_steps:,} steps"
+
+
+def _looks(num_steps: int | None) -> tuple[int, str, str]:
+    if num_steps is None:
+        return 0, "derived", "there is no data yet"
+    every = max(_STEPS_BETWEEN_LOOKS, math.ceil(num_steps / _NUM_LOOKS))
+    if every > _STEPS_BETWEEN_LOOKS:
+        return every, "rule", f"about {_NUM_LOOKS} looks a run; this one has {num_steps:,} steps"
+    return every, "rule", f"at most one step of {_STEPS_BETWEEN_LOOKS}, so that looking costs next to nothing"

@@ -120,6 +120,31 @@ class TrainingFacts:
 
 
 @dataclass(frozen=True)
+class AdviceFacts:
+    """A rule that fired while the run trained, and the words to add to the command."""
+
+    step: int
+    rule: str
+    text: str
+    override: str
+
+
+@dataclass(frozen=True)
+class MonitorFacts:
+    """What was seen in `num_looks` looks, one each `every` steps.
+
+    `last` is the last look: by group of layers the norms `grad_a` and `grad_b`, the `update_ratio` and the `path_ratio`, as far as
+    they were measured; see `qlora.training.monitor`.
+    """
+
+    every: int
+    num_looks: int
+    last_step: int
+    last: dict[str, dict[str, float]]
+    advice: tuple[AdviceFacts, ...] = ()
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """A finished run.
 
@@ -137,6 +162,7 @@ class RunSummary:
         notes: remarks and warnings for the user, one line each.
         planned_phases, measured_phases: bytes of tensors at their highest in each phase; empty where nothing was planned or
             nothing could be measured.
+        monitor: gradients and adapters while the run trained; None where nobody looked.
         on_hub: `adapter` is a repository, see `qlora.results.sharing`.
     """
 
@@ -161,6 +187,7 @@ class RunSummary:
     planned_phases: dict[str, int] = field(default_factory=dict)
     measured_phases: dict[str, int] = field(default_factory=dict)
     on_hub: bool = False
+    monitor: MonitorFacts | None = None
 
     @property
     def total_seconds(self) -> float:

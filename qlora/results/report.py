@@ -15,6 +15,7 @@ from qlora.redact import redact, redact_values
 from qlora.results.facts import (
     DataFacts,
     ModelFacts,
+    MonitorFacts,
     RunSummary,
     Sample,
     TrainingFacts,
@@ -39,6 +40,8 @@ PLOTS = {
     "grad_norm.png": "Gradient norm",
     "lengths.png": "Length of the rows",
     "memory.png": "Memory by phase, planned and measured",
+    "gradients.png": "Gradient norm by group of layers",
+    "adapters.png": "Adapters against the weights and outputs that they change",
 }
 # Longer samples are cut: a report is for reading, and metrics rest on the whole answers anyway.
 _MAX_SAMPLE_CHARACTERS = 1500
@@ -104,6 +107,7 @@ def render_markdown(summary: RunSummary, plots: Iterable[str] = ()) -> str:
         *_scores(summary), *pictures("loss.png"), *samples_tables(summary.samples),
         "## What it took", *_cost(summary),
         *_memory(summary, pictures("memory.png")),
+        *_monitor(summary.monitor, pictures("gradients.png", "adapters.png")),
         "## Model", *_model(summary.model),
         "## Data", *_data(summary.data), *pictures("lengths.png"),
         "## Settings", *_settings(summary), *pictures("learning_rate.png", "grad_norm.png"),
@@ -177,6 +181,30 @@ def _memory(summary: RunSummary, pictures: Sequence[str]) -> list[str]:
         "measured: above 0 the plan asked for more than the run took.",
         *pictures,
     ]
+
+
+def _monitor(monitor: MonitorFacts | None, pictures: Sequence[str]) -> list[str]:
+    """What was seen while the run trained; nothing where nobody looked."""
+    if monitor is None:
+        return []
+    advice = [f"- **Step {each.step:,}, rule {escape(each.rule)}**: {escape(each.text)} Try: `{each.override}`"
+              for each in monitor.advice]
+    parts = ["## Monitor", "\n".join(advice) if advice else "No rule fired: there is nothing to advise."]
+    if not monitor.last:
+        return parts
+    rows = [(escape(name), *(_figure(found.get(key)) for key in ("grad_a", "grad_b", "update_ratio", "path_ratio")))
+            for name, found in monitor.last.items()]
+    sentence = (f"{num_of(monitor.num_looks, 'look')}, one every {num_of(monitor.every, 'step')}; the table is of step "
+                f"{monitor.last_step:,}. Gradients are L2 norms before clipping. *Update* is the norm of (alpha / r) B A against "
+                "that of the frozen weights; *path* is what an adapter adds to an output against what the base gives, for some "
+                "tokens of the step in one module of the group.")
+    missing = "" if all("path_ratio" in found for found in monitor.last.values()) else (
+        " A dash: that module takes its tokens in another shape than the batch has, so its path was not measured.")
+    return [*parts, table(("layers", "dL/dA", "dL/dB", "update", "path"), rows), sentence + missing, *pictures]
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
 
 
 def _model(model: ModelFacts) -> list[str]:

@@ -165,14 +165,18 @@ def open_metrics(session: Session) -> MetricsFile:
 
 
 @contextmanager
-def watching_memory(session: Session) -> Iterator[Any]:
-    """What measures the trial: on a GPU the run's own meter, on a CPU one that counts tensors from before the first was made."""
+def watching_memory(session: Session, already_bytes: int = 0) -> Iterator[Any]:
+    """What measures the trial: on a GPU the run's own meter, on a CPU one that counts tensors from before the first was made.
+
+    Args:
+        already_bytes: of a base that was there before.
+    """
     if session.setup.device.kind == "cuda":
         yield session.clock.meter
         return
     from qlora.training.cpu_memory import TensorMeter
 
-    meter = TensorMeter()
+    meter = TensorMeter(already_bytes=already_bytes)
     with meter.watching():
         yield meter
 

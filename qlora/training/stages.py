@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,8 +23,13 @@ _Result = TypeVar("_Result")
 _LEAST_TOKENS = 512  # less than that is one row anyway
 
 
-def verify(setup: Setup, model: PeftModel, engine: Engine) -> str:
+def verify(
+    setup: Setup, model: PeftModel, engine: Engine, beside: Callable[[Iterator[int]], Iterator[int]] = lambda walk: walk
+) -> str:
     """Hold what was built against the plan; return the fingerprint of the frozen base.
+
+    Args:
+        beside: goes along with the walk over the layers, each of which has its weights in place meanwhile.
 
     Raises:
         VerificationError: counts, types or frozen state differ from the plan.
@@ -36,7 +41,7 @@ def verify(setup: Setup, model: PeftModel, engine: Engine) -> str:
     verify_adapters(
         model, setup.selection, setup.plan.settings["lora.r"], dtype=torch_dtype(setup.precision.adapters)
     )
-    return fingerprint_base(model, engine.walk, engine.let_go)
+    return fingerprint_base(model, lambda: beside(engine.walk()), engine.let_go)
 
 
 def verify_unchanged(model: PeftModel, engine: Engine, fingerprint: str, folder: Path) -> None:
@@ -100,8 +105,13 @@ def answers_of(
     return in_smaller_batches(attempt, setup.plan.settings["memory.generation_tokens"], tell)
 
 
-def in_smaller_batches(attempt: Callable[[int], _Result], num_tokens: int, tell: Callable[[str], None]) -> _Result:
-    """Write answers, `num_tokens` of prompts and answers at once; where memory runs out half as many, down to one row."""
+def in_smaller_batches(
+    attempt: Callable[[int], _Result], num_tokens: int, tell: Callable[[str], None],
+    also: str = " Training is not touched by that.",
+) -> _Result:
+    """Write answers, `num_tokens` of prompts and answers at once; where memory runs out half as many, down to one row. `also` is
+    told with each step down.
+    """
     from qlora.training.recovery import is_out_of_memory, release
 
     while True:
@@ -113,7 +123,7 @@ def in_smaller_batches(attempt: Callable[[int], _Result], num_tokens: int, tell:
             release(error)
         num_tokens = num_tokens // 2 if num_tokens > _LEAST_TOKENS else 0  # 0 is one row at a time
         tell(f"Memory ran out while answers were written; they are written {f'{num_tokens} tokens' if num_tokens else 'one'} at a "
-             "time. Training is not touched by that.")
+             f"time.{also}")
 
 
 def save_adapter(model: PeftModel, setup: Setup, folder: Path) -> Path:

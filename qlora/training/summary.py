@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.architecture import lora_parameters
 from qlora.evaluation import Evaluation
-from qlora.results.facts import DataFacts, ModelFacts, RunSummary, Sample, TemplateFacts, TrainingFacts
+from qlora.results.facts import (
+    AdviceFacts, DataFacts, ModelFacts, MonitorFacts, RunSummary, Sample, TemplateFacts, TrainingFacts,
+)
 from qlora.results.report import reproduce_command
 from qlora.training.meter import MemoryMeter, planned_phases
 from qlora.training.run_documents import RunProgress
@@ -66,6 +68,19 @@ def summarise(
         notes=(*notes(setup, settings), *sessions(record), *record.events),
         planned_phases=planned_phases(setup.plan, measured),
         measured_phases=measured,
+        monitor=monitor_facts(rows, settings.get("train.monitor_every", 0)),
+    )
+
+
+def monitor_facts(rows: Sequence[Mapping[str, Any]], every: int) -> MonitorFacts | None:
+    """What the rows of metrics.jsonl hold of looks and advice; None where nobody looked."""
+    looks = [row for row in rows if "monitor" in row]
+    advice = tuple(AdviceFacts(row["step"], **row["advice"]) for row in rows if "advice" in row)
+    if not looks and not advice:
+        return None
+    return MonitorFacts(
+        every=every, num_looks=len(looks), last_step=looks[-1]["step"] if looks else 0, last=looks[-1]["monitor"] if looks else {},
+        advice=advice,
     )
 
 

@@ -19,8 +19,10 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from qlora import _compat
 from qlora.errors import DivergedError
 from qlora.evaluation import Evaluation
+from qlora.guidance import calmer
 from qlora.hardware import Device
 from qlora.precision import Precision, torch_dtype
+from qlora.training.advice import words
 from qlora.training.recovery import Ladder, is_out_of_memory, release, split_inputs
 from qlora.training.row_writer import RowWriter
 from qlora.training.saving import set_random_state
@@ -67,6 +69,7 @@ class AdapterTrainer(SFTTrainer):
 
     Attributes:
         may_step_down: off where a memory error is answered by the caller.
+        fetched: the micro-batches of the step under way, known from its begin on.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class AdapterTrainer(SFTTrainer):
         self.step = Step()
         self.engine = engine
         self.schedule = engine.schedule if engine else None
-        self._fetched: list[dict[str, Any]] = []
+        self.fetched: list[dict[str, Any]] = []
         self.adapter_dtype = adapter_dtype
         self.ladder, self.tell, self.look = ladder, tell, look
         self.may_step_down = True
@@ -134,16 +137,16 @@ class AdapterTrainer(SFTTrainer):
         self.look()
         if self.schedule is not None:  # it goes through all micro-batches of a step at once; the trainer is told one after the other
             if not self.step.losses:
-                self.step.inputs = self._fetched
-                self.step.losses = self._learn_or_step_down(model, self._fetched, num_items_in_batch)
+                self.step.inputs = self.fetched
+                self.step.losses = self._learn_or_step_down(model, self.fetched, num_items_in_batch)
             return self.step.losses.pop(0)
         self.step.inputs.append(inputs)
         return self._learn_or_step_down(model, [inputs], num_items_in_batch)[-1]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """As the trainer does; the micro-batches of the step that comes are known from here on."""
-        self._fetched, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return self._fetched, num_items
+        self.fetched, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self.fetched, num_items
 
     def step_down(self, where: str) -> None:
         """To the ladder's next rung.
@@ -307,8 +310,9 @@ class AdapterTrainer(SFTTrainer):
         return "All adapter weights are finite: the overflow happened on the way through the model."
 
     def _advice(self) -> str:
-        rate = self.args.learning_rate
-        return f"Lower train.learning_rate (now {rate:g}; try {rate / 3:.1g}) or raise train.warmup, and start anew with --fresh."
+        lora, rate = self.model.peft_config["default"], self.args.learning_rate
+        settings = words(calmer(rate, lora.r, lora.lora_alpha, lower_by=2 / 3))
+        return f"Rule diverging (train.learning_rate is {rate:g} now): start anew with --fresh {settings}, or raise train.warmup."
 
 
 def build_trainer(

@@ -25,7 +25,7 @@ _RECIPE = {
 }
 # Of a line of metrics.jsonl, all that is not a measurement of time or memory.
 _EXACT = ("step", "epoch", "loss", "grad_norm", "learning_rate", "token_accuracy", "tokens", "trained_tokens",
-          "eval_loss", "eval_perplexity", "eval_tokens")
+          "eval_loss", "eval_perplexity", "eval_tokens", "effective_learning_rate", "perplexity", "monitor", "advice")
 
 
 @dataclass(frozen=True)

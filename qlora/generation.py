@@ -11,11 +11,23 @@ if TYPE_CHECKING:
 # Tokens of prompts and answers in one batch: 4,096 take 0.5 GiB of cache on an 8B model.
 TOKENS_PER_BATCH = 4096
 _MAX_ROWS_PER_BATCH = 32
+# Of an answer, however long its reference is.
+MAX_ANSWER_TOKENS = 256
+_SPARE_TOKENS = 8
+# The most probable token, whatever the base's generation_config recommends: what is left open is filled in from there. The last
+# three have no effect then; their values are those at which transformers (5.17 to 5.23) does not say so.
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
 
 def rows_at_once(prompt_tokens: int, max_new_tokens: int, tokens_per_batch: int = TOKENS_PER_BATCH) -> int:
     """Rows of a batch whose longest prompt has `prompt_tokens`; one at least."""
     return max(1, min(tokens_per_batch // (prompt_tokens + max_new_tokens), _MAX_ROWS_PER_BATCH))
+
+
+def longest_answer(references: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that an answer may have at most: as many as the longest reference, and a little more; 0 without any."""
+    lengths = [len(tokenizer(reference, add_special_tokens=False).input_ids) for reference in references]
+    return min(max(lengths) + _SPARE_TOKENS, MAX_ANSWER_TOKENS) if lengths else 0
 
 
 def answer(
@@ -37,8 +49,8 @@ def answer(
     from transformers import GenerationConfig
 
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
-        eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens, num_beams=1, use_cache=True, eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id,
+        **GREEDY,
     )
     answers = [""] * len(prompts)
     was_training = model.training

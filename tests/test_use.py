@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
+from fake_terminal import conversation
 
 from qlora.adapted import load_adapted
-from qlora.chatting import Conversation, Terminal, shown, talk
-from qlora.comparing import compare, measure
-from qlora.errors import DataError, ModelError
+from qlora.comparing import compare
+from qlora.errors import ModelError
 from qlora.hub.fetch import find_adapter
 from qlora.recipe import build_recipe
 
@@ -175,117 +175,7 @@ def test_more_tokens_than_embeddings_are_told(runs, tmp_path):
     assert "328 tokens" in load_adapted(find_adapter(str(folder))).notes[0]
 
 
-# --- talking -----------------------------------------------------------------------------------------------------------
-
-
-class Fake:
-    """A terminal: the lines that are typed, and what was seen."""
-
-    def __init__(self, *lines, interactive=True, stop_after=None):
-        self.lines, self.seen, self.notes, self.stop_after = list(lines), [], [], stop_after
-        self.terminal = Terminal(self.read, self.write, self.notes.append, interactive)
-
-    def read(self, prompt):
-        if not self.lines:
-            raise EOFError
-        line = self.lines.pop(0)
-        if line is KeyboardInterrupt:
-            raise KeyboardInterrupt
-        return line
-
-    def write(self, text):
-        self.seen.append(text)
-        if self.stop_after is not None and len(self.seen) > self.stop_after:
-            self.stop_after = None
-            raise KeyboardInterrupt
-
-
-def conversation(adapted, *lines, max_tokens=12, stop_after=None, interactive=True):
-    fake = Fake(*lines, stop_after=stop_after, interactive=interactive)
-    talked = Conversation(adapted, max_tokens=max_tokens)
-    talk(talked, fake.terminal)
-    return talked, fake
-
-
-def greedy(adapted, turns, max_tokens=12):
-    """The same answer by the way that training takes."""
-    from qlora.generation import answer
-
-    text = adapted.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    ids = adapted.tokenizer(text, add_special_tokens=False).input_ids
-    stop_ids = [adapted.tokenizer.eos_token_id]
-    return answer(adapted.model, adapted.tokenizer, [ids], max_new_tokens=max_tokens, stop_ids=stop_ids)[0]
-
-
-def test_a_chat_answers_with_its_history(adapted):
-    talked, fake = conversation(adapted, "say 3", "", "and 4")
-    roles = [turn["role"] for turn in talked.turns]
-    assert roles == ["user", "assistant", "user", "assistant"]
-    assert talked.turns[1]["content"].strip() == greedy(adapted, talked.turns[:1])
-    assert talked.turns[3]["content"].strip() == greedy(adapted, talked.turns[:3])
-    assert "".join(fake.seen) == shown(talked.turns[1]["content"]) + "\n" + shown(talked.turns[3]["content"]) + "\n"
-
-
-def test_commands(adapted):
-    lines = ("say 3", "/base", "say 3", "/reset", "/help", "/nothing", "/etc/passwd is a file", "/quit", "say 5")
-    talked, fake = conversation(adapted, *lines)
-    assert not talked.with_adapter and [turn["content"] for turn in talked.turns][0] == "/etc/passwd is a file"
-    assert len(talked.turns) == 2
-    assert any("/reset" in note for note in fake.notes) and any("no /nothing" in note for note in fake.notes)
-    with_adapter, base = conversation(adapted, "say 3")[0].turns[1], conversation(adapted, "/base", "say 3")[0].turns[1]
-    assert with_adapter != base
-    with adapted.without_adapter():
-        assert base["content"].strip() == greedy(adapted, [{"role": "user", "content": "say 3"}])
-
-
-def test_ctrl_c_stops_the_answer_and_not_the_chat(adapted):
-    talked, fake = conversation(adapted, "/base", "say 3", KeyboardInterrupt, "say 4", stop_after=0, max_tokens=40)
-    first, second = talked.turns[1]["content"], talked.turns[3]["content"]
-    assert 0 < len(first) < len(conversation(adapted, "/base", "say 3", max_tokens=40)[0].turns[1]["content"]) and second
-    assert any("Ctrl-D" in note for note in fake.notes)
-    with pytest.raises(KeyboardInterrupt):
-        conversation(adapted, "say 3", stop_after=0, max_tokens=40, interactive=False)
-
-
-def test_a_long_conversation_forgets_its_begin(adapted):
-    talked = Conversation(adapted, max_tokens=20)
-    for number in range(12):
-        talked.answer("the cat sat on the mat", lambda text: None)
-        assert [turn["role"] for turn in talked.turns] == ["user", "assistant"] * (len(talked.turns) // 2)
-    assert 4 <= len(talked.turns) < 24
-    talked, fake = conversation(adapted, "house " * 400, "say 3")
-    assert any("tokens long" in note for note in fake.notes) and talked.turns[0]["content"] == "say 3"
-
-
-def test_an_answer_ends_where_the_model_does(adapted):
-    """At 256 tokens, prompt and answer; the base would go on."""
-    passes = []
-    hook = adapted.model.get_base_model().register_forward_pre_hook(lambda *_: passes.append(1))
-    Conversation(adapted, max_tokens=10_000, with_adapter=False).answer("say 3", lambda text: None)
-    hook.remove()
-    assert 200 < len(passes) < 256
-
-
-def test_without_a_template_lines_are_gone_on_with(runs, tmp_path):
-    from qlora.generation import answer
-
-    folder = copied(runs, tmp_path)
-    (folder / "chat_template.jinja").unlink()
-    found = load_adapted(find_adapter(str(folder)))
-    assert found.tokenizer.chat_template is None
-    talked, fake = conversation(found, "the cat", "the cat")
-    ids = found.tokenizer("the cat", add_special_tokens=False).input_ids
-    expected = answer(found.model, found.tokenizer, [ids], max_new_tokens=12, stop_ids=[2])[0]
-    seen = "".join(fake.seen)
-    half = len(seen) // 2
-    assert seen[:half] == seen[half:] and seen[:half].strip() == shown(expected) and talked.turns == []
-
-
-def test_what_steers_a_terminal_is_not_shown(adapted):
-    assert shown("a\x1b[2J\r\x07b\n\tc é 猫") == "a\ufffd[2J\ufffd\ufffdb\n\tc é 猫"
-    seen = []
-    raw = Conversation(adapted, max_tokens=200, with_adapter=False).answer("say 3", seen.append)
-    assert shown(raw) == "".join(seen) != raw  # the base writes anything
+# --- from the Hub ----------------------------------------------------------------------------------------------------------
 
 
 def test_chat_and_eval_from_the_hub_do_as_from_the_folder(pushed, adapted, rows, small_model, tmp_path):
@@ -293,13 +183,13 @@ def test_chat_and_eval_from_the_hub_do_as_from_the_folder(pushed, adapted, rows,
     code, answers, told = qlora(pushed, home, "chat", f"{ID}@main", "--base", small_model, "--device", "cpu", "--max-tokens", 8,
                                 typed="say 3\n/base\nsay 3\n")
     assert code == 0 and "Fetching" in told and "Without the adapter" in told, told
-    _, fake = conversation(adapted, "say 3", "/base", "say 3", max_tokens=8)
+    _, fake = conversation(adapted, "say 3", "/base", "say 3", max_tokens=8, interactive=False)
     assert answers == "".join(fake.seen)  # and no prompts
     code, printed, told = qlora(pushed, home, "eval", ID, "--base", small_model, "--data", rows, "--rows", 10, "--json")
     document = json.loads(printed)
     assert code == 0 and document["revision"] == pushed.commits(ID)[0].oid and document["data"]["num_rows"] == 10
     same = compare(adapted.adapter, data=str(rows), num_rows=10).to_json()["results"]
-    assert document["results"] == [same[0], {**same[1], "name": ID}]
+    assert document["results"] == [same[0], {**same[1], "name": "adapter"}]
 
 
 def test_what_stops_the_verbs_is_said_without_a_traceback(pushed, tmp_path):
@@ -316,73 +206,13 @@ def test_what_stops_the_verbs_is_said_without_a_traceback(pushed, tmp_path):
 # --- measuring ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-3)])
-def test_figures_agree_with_the_report(runs, dtype, tolerance):
-    run = runs(dtype)
+def test_figures_agree_with_the_report(runs):
+    run = runs()
     found = compare(find_adapter(str(run.folder)))
     assert found.held_out and found.num_rows == 8 and found.notes == ()
     for candidate, reported in zip(found.candidates, (run.summary.before, run.summary.after), strict=True):
         measured = candidate.evaluation
-        assert measured.loss == pytest.approx(reported.loss, rel=tolerance)
+        assert measured.loss == pytest.approx(reported.loss, rel=2e-3)
         assert (measured.num_tokens, measured.num_answers) == (reported.num_tokens, reported.num_answers)
         assert measured.exact_match == reported.exact_match
-        if dtype == "fp32":
-            assert measured.answers == reported.answers
     assert found.candidates[1].evaluation.loss < found.candidates[0].evaluation.loss
-
-
-def test_the_chunked_loss_is_the_loss_of_the_logits(adapted):
-    from qlora.data import TokenRow
-
-    ids = torch.randint(3, 300, (5, 60), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [TokenRow(row, [-100] * (7 * i) + row[7 * i :], None) for i, row in enumerate(ids)]
-    total, count = 0.0, 0
-    for row in rows:
-        with torch.no_grad():
-            scores = adapted.model(torch.tensor([row.input_ids])).logits[0, :-1].float()
-        labels = torch.tensor(row.labels[1:])
-        total += torch.nn.functional.cross_entropy(scores, labels, ignore_index=-100, reduction="sum").item()
-        count += int((labels != -100).sum())
-    found = measure(adapted, rows)
-    assert found.num_tokens == count and found.loss == pytest.approx(total / count, rel=1e-5)
-
-
-def test_rows_are_the_run_s_or_named(runs, rows, tmp_path):
-    folder = copied(runs, tmp_path)
-    with pytest.raises(DataError) as caught:
-        compare(find_adapter(str(folder)))
-    assert "--data FILE" in caught.value.fix
-    moved = tmp_path / "run"
-    shutil.copytree(runs().folder, moved)
-    document = json.loads((moved / "resolved.json").read_text())
-
-    def write():
-        (moved / "resolved.json").write_text(json.dumps(document))
-
-    document["recipe"]["data"]["path"] = str(tmp_path / "gone.jsonl")
-    write()
-    with pytest.raises(DataError) as caught:
-        compare(find_adapter(str(moved)))
-    assert "gone.jsonl" in caught.value.problem and "--data FILE" in caught.value.fix
-    changed = tmp_path / "changed.jsonl"
-    changed.write_text("".join(rows.read_text().splitlines(keepends=True)[3:]))
-    document["recipe"]["data"]["path"] = str(changed)
-    write()
-    found = compare(find_adapter(str(moved)), num_rows=2)
-    assert not found.held_out and found.num_rows == 2 and "trained on" in found.notes[0]
-    named = compare(find_adapter(str(moved)), data=str(rows), num_rows=7)
-    assert not named.held_out and named.num_rows == 7 and named.candidates[1].evaluation.num_answers == 7
-
-
-def test_the_table_shows_both_and_which_is_better(runs):
-    from rich.console import Console
-
-    from qlora.views.comparison import comparison_view
-
-    found = compare(find_adapter(str(runs().folder)), num_rows=3)
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
-    console.print(comparison_view(found))
-    text = console.export_text()
-    assert "3 held-out rows" in text and "base" in text and "✓ better" in text
-    assert f"{found.candidates[0].evaluation.loss:.4f}" in text
-    assert json.loads(json.dumps(found.to_json()))["results"][0]["name"] == "base"

@@ -43,8 +43,9 @@ def install_fused(model: PeftModel) -> list[str]:
     left: Counter[str] = Counter()
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            if reason := why_not(module):
-                left[reason] += 1
+            reasons = [why_not(module, [name]) for name in module.lora_A]  # which one is active is asked at each call
+            if all(reasons):
+                left[reasons[0]] += 1
             else:
                 replace_forward(module, _LoraForward(module))
     norms: dict[tuple[type, int], bool] = {}

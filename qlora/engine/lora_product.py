@@ -8,7 +8,7 @@ Shapes: x (..., in), y (..., out), W (out, in), A (r, in), B (out, r); "narrow" 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,9 +123,13 @@ def product_of(layer: torch.nn.Module, device: torch.device) -> LoraProduct | No
     return LoraProduct(layer.get_base_layer(), a, b, layer.scaling[name], autocast_dtype(device) or a.weight.dtype)
 
 
-def why_not(layer: Any) -> str:
-    """Why a LoRA layer on a 4-bit one is left to PEFT; "" where it is not."""
-    names = layer.active_adapters
+def why_not(layer: Any, names: Sequence[str] | None = None) -> str:
+    """Why a LoRA layer on a 4-bit one is left to PEFT; "" where it is not.
+
+    Args:
+        names: adapters that are taken to be active; None takes those that are.
+    """
+    names = layer.active_adapters if names is None else names
     if len(names) != 1 or names[0] not in layer.lora_A:
         return "it has not one active adapter"
     if names[0] in layer.lora_variant:  # DoRA and others

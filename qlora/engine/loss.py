@@ -82,23 +82,41 @@ class LanguageModelLoss:
             inputs: of a batch as the collator makes it; `labels` of shape (rows, tokens).
             num_items_in_batch: tokens trained on in the whole step, by which the sum is divided; None takes this batch's.
         """
-        passed = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels", "num_items_in_batch")}
-        backbone = model.get_base_model().base_model
-        hidden = backbone(**{**passed, "use_cache": False}).last_hidden_state
-        return self.of_hidden(hidden, inputs["labels"], num_items_in_batch)
+        return self.of_hidden(_last_hidden_states(model, inputs), inputs["labels"], num_items_in_batch)
+
+    def of_rows(self, model: PeftModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The summed loss of each row by itself, (rows,) in fp64, without gradients; arguments as above."""
+        with torch.no_grad():
+            hidden, targets = _last_hidden_states(model, inputs), _next_tokens(inputs["labels"])
+            positions = torch.arange(targets.numel(), device=targets.device)[targets.flatten() != IGNORED]
+            job = _Job(self.head, self.chunk_bytes, self.softcap, self.scale, 1)
+            losses, _ = _losses_and_hits(hidden.flatten(0, 1), targets.flatten(), positions, job, None)
+            sums = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
+            return sums.index_add_(0, positions // targets.shape[1], losses[:, 0].double())
 
     def of_hidden(
         self, hidden: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """The loss of a backbone's last hidden states, of shape (rows, tokens, H), and labels of shape (rows, tokens)."""
-        # Targets are moved and not the states, which stay one piece: the last of each row has none.
-        targets = torch.full_like(labels, IGNORED)
-        targets[:, :-1] = labels[:, 1:]
+        targets = _next_tokens(labels)
         self.last_count = (targets != IGNORED).sum()
         divisor = self.last_count if num_items_in_batch is None else num_items_in_batch
         job = _Job(self.head, self.chunk_bytes, self.softcap, self.scale, divisor)
         loss, self.last_correct = _loss_and_correct(hidden.flatten(0, 1), targets.flatten(), job)
         return loss
+
+
+def _last_hidden_states(model: PeftModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """(rows, tokens, H), of the model without its head."""
+    passed = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels", "num_items_in_batch")}
+    return model.get_base_model().base_model(**{**passed, "use_cache": False}).last_hidden_state
+
+
+def _next_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """Targets are moved and not the states, which stay one piece: the last of each row has none."""
+    targets = torch.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
+    return targets
 
 
 def logit_transform(config: Any) -> tuple[float | None, float]:
@@ -169,13 +187,8 @@ class _ChunkedLoss(torch.autograd.Function):
             kept_in = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
             gradient = torch.zeros(hidden.shape, dtype=kept_in, device=hidden.device)
         with _no_autocast(hidden.device):
-            count = len(positions)
-            if 0 < count < _fewest_rows(job.head, hidden.device):
-                # The first one several times over: it comes out, and is written, the same each time.
-                positions = torch.cat([positions, positions[:1].expand(_FEWEST_ROWS - count)])
-            work_through = _by_positions if job.head.sliceable else _by_tiles
-            losses, hits = work_through(hidden, targets[positions][:, None], positions, job, gradient)
-            loss, correct = losses[:count].sum(), hits[:count].sum()
+            losses, hits = _losses_and_hits(hidden, targets, positions, job, gradient)
+            loss, correct = losses.sum(), hits.sum()
         ctx.save_for_backward(gradient)
         ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(correct)
@@ -187,6 +200,20 @@ class _ChunkedLoss(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # In place: there is one, and autograd refuses a second backward pass through what has changed.
         return gradient.mul_(loss_gradient).to(ctx.dtype), None, None, None
+
+
+def _losses_and_hits(
+    hidden: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, job: _Job, gradient: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """At each position the loss, and whether the target is the most probable token: (positions, 1) both."""
+    count = len(positions)
+    with _no_autocast(hidden.device):
+        if 0 < count < _fewest_rows(job.head, hidden.device):
+            # The first one several times over: it comes out, and is written, the same each time.
+            positions = torch.cat([positions, positions[:1].expand(_FEWEST_ROWS - count)])
+        work_through = _by_positions if job.head.sliceable else _by_tiles
+        losses, hits = work_through(hidden, targets[positions][:, None], positions, job, gradient)
+    return losses[:count], hits[:count]
 
 
 def _by_positions(

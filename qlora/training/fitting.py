@@ -11,7 +11,7 @@ from qlora._compat import expandable_segments
 from qlora.architecture import Architecture, TargetSelection
 from qlora.engine.placement import Placement
 from qlora.errors import ModelError
-from qlora.generation import TOKENS_PER_BATCH
+from qlora.generation import MAX_ANSWER_TOKENS, TOKENS_PER_BATCH
 from qlora.hardware import Device
 from qlora.planning.allocator import slack_bytes
 from qlora.planning.budget import PROGRAM_BYTES, Budget, find_budget, program_bytes
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # Batches of generation to choose from, in tokens; 0 is one row at a time.
-_GENERATION_TOKENS = (TOKENS_PER_BATCH, 2048, 1024, 512, 0)
+GENERATION_TOKENS = (TOKENS_PER_BATCH, 2048, 1024, 512, 0)
 _SHORTEST_LENGTH, _LONGEST_LENGTH = 128, 131_072
 # Of a machine's RAM: what a run may keep there for a GPU, and the part of that for the layers.
 _HOST_SHARE, _LAYERS_SHARE = 0.75, 0.8
@@ -48,6 +48,7 @@ class Rows:
         ragged: rows differ in length.
         host_bytes: RAM that the tokens take.
         shrinkable: the length is only a guess, and is shortened where it would not fit.
+        prompt_tokens, answer_tokens, num_answers: of what is generated; see `qlora.training.simulator.Workload`.
     """
 
     num_train: int | None
@@ -59,6 +60,9 @@ class Rows:
     format_reason: str
     host_bytes: int = 0
     shrinkable: bool = False
+    prompt_tokens: int | None = None
+    answer_tokens: int = MAX_ANSWER_TOKENS
+    num_answers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,8 @@ def workload(job: Job, attention: str, batch: int) -> Workload:
         config=job.config, architecture=job.architecture, selection=job.selection, precision=job.precision, device=job.device,
         attention=attention, batch=batch, packed=job.recipe.data.packing, ragged=job.rows.ragged, dropout=job.recipe.lora.dropout,
         dequantise_once=job.recipe.memory.dequantise_once,
-        host_bytes=_host_room(job) if job.device.kind == "cuda" else None,
+        host_bytes=_host_room(job) if job.device.kind == "cuda" else None, prompt_tokens=job.rows.prompt_tokens,
+        answer_tokens=job.rows.answer_tokens, num_answers=job.rows.num_answers,
     )
 
 
@@ -198,7 +203,7 @@ def _facts(job: Job, budget: Budget) -> Facts:
         attentions=(wanted,) if wanted != "auto" else job.architecture.attentions, num_train_rows=rows.num_train,
         num_validation_rows=rows.num_validation, max_length=rows.max_length, max_length_reason=rows.max_length_reason,
         data_format=rows.format, data_format_reason=rows.format_reason, tied_embeddings=job.architecture.tied_embeddings,
-        streamable=is_streamable(job.architecture), stream_from=_stream_from(job),
+        streamable=is_streamable(job.architecture), stream_from=stream_source(job),
     )
 
 
@@ -207,7 +212,7 @@ def is_streamable(architecture: Architecture) -> bool:
     return not architecture.unquantised_expert_parameters and architecture.stored_quantisation is None
 
 
-def _stream_from(job: Job) -> str:
+def stream_source(job: Job) -> str:
     """RAM where it holds the whole 4-bit base and leaves room for what else waits there; else the disk. A CPU's slots are in RAM."""
     enough = job.architecture.quantised_bytes <= _LAYERS_SHARE * _host_room(job)
     return "ram" if job.device.kind == "cuda" and enough else "disk"
@@ -246,7 +251,7 @@ def _search(simulator: Simulator, options: Options, room: Room, sketch: bool) ->
     while True:
         found = search(options, fits)
         found = replace(found, candidate=_finished(found, simulator, options, fits))
-        tokens = next((n for n in _GENERATION_TOKENS if room.holds(simulator.generation(found.candidate, n))), 0)
+        tokens = next((n for n in GENERATION_TOKENS if room.holds(simulator.generation(found.candidate, n))), 0)
         if sketch:
             return found, tokens, simulator.sketch(found.candidate, tokens)
         whole = simulator.whole(found.candidate, tokens)
@@ -331,7 +336,7 @@ def _smaller(candidate: Candidate) -> Iterator[Candidate]:
 
 
 def _generation_decision(num_tokens: int) -> Decision:
-    if num_tokens == _GENERATION_TOKENS[0]:
+    if num_tokens == GENERATION_TOKENS[0]:
         return Decision(num_tokens, "default", "prompts and answers that are written at once, in tokens")
     return Decision(num_tokens, "derived", "as many tokens of answers at once as fit beside the weights")
 

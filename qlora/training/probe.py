@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from qlora.errors import DivergedError
-from qlora.generation import answer, rows_at_once
+from qlora.generation import answer, longest_answer, rows_at_once
 from qlora.training.recovery import Ladder, is_out_of_memory, release
 from qlora.training.saving import random_state, set_random_state, write_state
 from qlora.training.stages import in_smaller_batches
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 NUM_STEPS = 2  # optimizer state is there from the second on
 _NUM_MICRO_BATCHES = 2  # gradients are there from the second on
-_MAX_ANSWER_TOKENS = 256
 _WRITTEN_TOKENS = 2  # the prompt is made longer by the rest of an answer, instead of writing it word by word
 
 
@@ -157,8 +156,7 @@ def longest(rows: Sequence[TokenRow], count: int) -> list[TokenRow]:
 
 def answer_tokens(setup: Setup) -> int:
     """How long the answers are that a run writes: as the longest reference, and a little more."""
-    references = (setup.tokenizer(sample.reference, add_special_tokens=False).input_ids for sample in setup.data.samples)
-    return min(max(map(len, references)) + 8, _MAX_ANSWER_TOKENS)
+    return longest_answer([sample.reference for sample in setup.data.samples], setup.tokenizer)
 
 
 def _generate(setup: Setup, model: PeftModel, tell: Callable[[str], None]) -> None:

@@ -21,7 +21,7 @@ from qlora import _compat
 from qlora.architecture import TargetSelection
 from qlora.engine.install import Engine, install
 from qlora.engine.placement import Placement
-from qlora.generation import TOKENS_PER_BATCH, rows_at_once
+from qlora.generation import MAX_ANSWER_TOKENS, TOKENS_PER_BATCH, rows_at_once
 from qlora.hardware import Device
 from qlora.model.adapt import add_adapters
 from qlora.model.exact import make_exact
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_GENERATED_TOKENS = 256
 _PAGED_FROM = 100_000  # numbers; smaller state stays on the card (bitsandbytes 0.50, optim/optimizer.py, get_state_buffer)
 
 
@@ -62,6 +61,8 @@ class Batches:
             out of such a batch.
         packed: one sequence of several rows, with positions that start anew.
         generation_tokens: prompts and answers of one batch of generation.
+        prompt_tokens, answer_tokens: of the longest prompt, None where it may be as long as a row, and of an answer at most.
+        num_answers: that are written at all; None is any number.
     """
 
     micro_batch: int
@@ -70,6 +71,9 @@ class Batches:
     ragged: bool = False
     packed: bool = False
     generation_tokens: int = TOKENS_PER_BATCH
+    prompt_tokens: int | None = None
+    answer_tokens: int = MAX_ANSWER_TOKENS
+    num_answers: int | None = None
 
     @property
     def masked(self) -> bool:
@@ -88,6 +92,7 @@ def rehearse(
     num_layers: int | None = None,
     phases: Sequence[str] = ("load", "train", "eval", "generate", "save", "merge"),
     brief: bool = False,
+    trains: bool = True,
 ) -> list[Event]:
     """Record the phases of a run, in this order. What comes after a colon in an event's phase is a moment of it; at different
     depths of a model different moments can be the highest.
@@ -98,6 +103,7 @@ def rehearse(
         num_layers: keep only the first layers of the model.
         brief: one micro-batch with gradients and optimizer state in place, instead of two steps that make them. The peaks are
             the same; the history that the allocator sees is not.
+        trains: off, there is no optimizer, as where a model is only measured.
     """
     recorder = Recorder("meta", temporaries(device), ragged=batches.masked)
     state = random.getstate(), torch.get_rng_state()
@@ -123,7 +129,7 @@ def rehearse(
             stage = _Stage(model, recorder, precision, settings, batches, engine, on_gpu)
             with recorder:
                 hold_workspaces(recorder, device)
-                if brief:
+                if brief and trains:
                     stage.skip_ahead(with_gradients="train" in phases)
                 for phase in (phase for phase in phases if phase != "load"):
                     with recorder.during(phase, "activations"):
@@ -230,8 +236,10 @@ class _Stage:
 
     def generate(self) -> None:
         """A prompt and a long answer, as `qlora.generation.answer` batches them: first and last token."""
-        rows = rows_at_once(self.batches.row_tokens, _GENERATED_TOKENS, self.batches.generation_tokens)
-        prompt_tokens = self.batches.row_tokens
+        num_new = self.batches.answer_tokens
+        prompt_tokens = self.batches.prompt_tokens or self.batches.row_tokens
+        rows = rows_at_once(prompt_tokens, num_new, self.batches.generation_tokens)
+        rows = min(rows, self.batches.num_answers or rows)
         self.model.eval()
         self.recorder.ragged = rows > 1 and (self.batches.ragged or self.batches.packed)
         with torch.no_grad():
@@ -240,8 +248,8 @@ class _Stage:
             out.logits[:, -1].to(torch.float32, copy=True)
             del out
             self.recorder.switch("generate:last token")
-            lengthen(cache, _GENERATED_TOKENS)
-            step = prompt(rows, 1, seen=prompt_tokens + _GENERATED_TOKENS)
+            lengthen(cache, num_new)
+            step = prompt(rows, 1, seen=prompt_tokens + num_new)
             self.model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def save(self) -> None:

@@ -10,7 +10,8 @@ from qlora.architecture import Architecture, TargetSelection, describe, find_con
 from qlora.catalog.lookup import cached_commit
 from qlora.data import PreparedData
 from qlora.data import prepare as prepare_data
-from qlora.errors import HardwareError, ModelError, RecipeError
+from qlora.errors import DoesNotFitError, ModelError, RecipeError
+from qlora.generation import longest_answer
 from qlora.hardware import Device, find_device, gpu_is_hidden
 from qlora.model.build import load_tokenizer, locate_base, stand_in_tokenizer
 from qlora.model.safe_files import refuse_unsafe_files
@@ -164,8 +165,16 @@ def rows_of(recipe: Recipe, data: PreparedData) -> Rows:
     return Rows(
         num_train=num_train, num_validation=len(data.validation), max_length=data.max_length, max_length_reason=_why_length(data),
         ragged=len(set(lengths)) > 1, format=data.rowset.format, format_reason=data.rowset.format_reason,
-        host_bytes=_BYTES_PER_TOKEN * sum(lengths),
+        host_bytes=_BYTES_PER_TOKEN * sum(lengths), **_answers(data),
     )
+
+
+def _answers(data: PreparedData) -> dict[str, int]:
+    """What is known of the answers that a run writes; nothing where it writes none."""
+    if not data.samples:
+        return {}
+    return {"prompt_tokens": max(len(sample.prompt_ids) for sample in data.samples), "num_answers": len(data.samples),
+            "answer_tokens": longest_answer([sample.reference for sample in data.samples], data.tokenizer)}
 
 
 def _why_length(data: PreparedData) -> str:
@@ -179,16 +188,17 @@ def refuse_what_does_not_fit(plan: Plan) -> None:
     """Before anything is downloaded or written.
 
     Raises:
-        HardwareError: with the numbers, and what is near and fits.
+        DoesNotFitError: with the numbers, and what is near and fits.
     """
     if plan.fits:
         return
     nearest = "".join(f"\n  {each.change}: {format_bytes(each.peak_bytes)}  ({' '.join(each.overrides)})" for each in plan.alternatives)
-    raise HardwareError(
+    raise DoesNotFitError(
         f"{plan.model} does not fit on {plan.device}: with the least that the recipe allows it takes "
         f"{format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)}, most of it {plan.largest_part} "
         f"({format_bytes(plan.parts[plan.largest_part])}).",
         f"What would fit:{nearest}" if nearest else "Nothing near it fits either; `qlora models` shows what does.",
+        plan.peak_bytes, plan.budget_bytes,
     )
 
 

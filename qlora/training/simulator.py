@@ -12,6 +12,7 @@ from qlora.architecture import Architecture, TargetSelection, lora_parameters
 from qlora.catalog.skeleton import build_skeleton, layer_kinds
 from qlora.engine.placement import resident_numbers
 from qlora.errors import ModelError, QloraError
+from qlora.generation import MAX_ANSWER_TOKENS
 from qlora.hardware import Device
 from qlora.home import cache_home
 from qlora.planning.allocator import live_peaks, parts_at_peak, replay, slack_bytes
@@ -40,6 +41,9 @@ class Workload:
         in_parts: micro-batches are parts of larger ones, and keep their padding: a row may be padded although it is alone.
         dequantise_once: as a person has set it; a search does not look at it.
         host_bytes: RAM for what waits there; None is any.
+        prompt_tokens, answer_tokens, num_answers: of the longest prompt that is answered, None where it may be as long as a row;
+            of an answer at most; and how many are written, None is any number.
+        trains: off, the model is only measured: there are neither gradients nor an optimizer.
     """
 
     config: PreTrainedConfig = field(repr=False)
@@ -55,6 +59,10 @@ class Workload:
     in_parts: bool = False
     dequantise_once: Literal["auto"] | bool = "auto"
     host_bytes: int | None = None
+    prompt_tokens: int | None = None
+    answer_tokens: int = MAX_ANSWER_TOKENS
+    num_answers: int | None = None
+    trains: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,10 @@ class Simulator:
     def loading(self, candidate: Candidate) -> int:
         """Highest tensor memory while the base is loaded; it depends on where the base goes."""
         return self._quick(replace(_ANY, placement=candidate.placement), ("load",), 0)["load"]
+
+    def evaluation(self, candidate: Candidate) -> int:
+        """Highest tensor memory while the loss of rows is taken."""
+        return self._quick(candidate, ("eval",), 0)["eval"]
 
     def generation(self, candidate: Candidate, num_tokens: int) -> int:
         """Highest tensor memory while answers are written, in batches of up to so many tokens."""
@@ -207,7 +219,8 @@ class Simulator:
             micro_batch=candidate.micro_batch, accumulation=max(1, work.batch // candidate.micro_batch),
             row_tokens=candidate.max_length,
             ragged=work.packed or (work.ragged and (work.in_parts or candidate.micro_batch > 1)),
-            packed=work.packed, generation_tokens=generation_tokens,
+            packed=work.packed, generation_tokens=generation_tokens, prompt_tokens=work.prompt_tokens,
+            answer_tokens=work.answer_tokens, num_answers=work.num_answers,
         )
         settings = {
             "lora.r": candidate.r, "lora.alpha": candidate.r, "lora.dropout": work.dropout,
@@ -218,7 +231,7 @@ class Simulator:
         self.num_simulated += 1
         try:
             return rehearse(work.config, work.selection, precision=work.precision, device=work.device, settings=settings,
-                            batches=batches, **options)
+                            batches=batches, trains=work.trains, **options)
         except QloraError:
             raise
         except Exception as error:  # any type may come out of a model's own code
@@ -243,7 +256,8 @@ class Simulator:
             "device": [work.device.kind, work.device.capability, work.device.windows, work.device.num_threads,
                        expandable_segments(windows=work.device.windows)],
             "batch": work.batch, "packed": work.packed, "ragged": work.ragged, "dropout": work.dropout,
-            "in_parts": work.in_parts,
+            "in_parts": work.in_parts, "trains": work.trains,
+            "answers": [work.prompt_tokens, work.answer_tokens, work.num_answers],
         }
 
 

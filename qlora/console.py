@@ -38,6 +38,10 @@ class ConsoleProgress(Progress):
     def note(self, text: str) -> None:
         self.console.print(Text(f"  {redact(text)}"))
 
+    def aside(self, text: str) -> None:
+        """A line that is hardly worth one."""
+        self.console.print(Text(f"  {redact(text)}", style="dim"))
+
     @contextmanager
     def stage(self, text: str, *, in_bytes: bool = False, bar: bool = True) -> Iterator[Callable[[int, int], None]]:
         started, text = time.perf_counter(), redact(text)

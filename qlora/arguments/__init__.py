@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from qlora import __version__
-from qlora.arguments import after, before
+from qlora.arguments import after, before, evidence, sweep
 
 _DESCRIPTION = """\
 Fine-tune a large language model on one small GPU: a frozen 4-bit base, trainable 16-bit LoRA adapters.
@@ -16,13 +16,16 @@ Fine-tune a large language model on one small GPU: a frozen 4-bit base, trainabl
   qlora plan --model Qwen/Qwen3-8B --vram 8GB    what can be trained on this card, and with what settings?
   qlora check recipes/chat.yaml                  is the data right? no weights needed
   qlora inspect Qwen/Qwen3-0.6B --r 16           what would be adapted, and how large is it?
+  qlora sweep recipes/chat.yaml                  which rank, alpha and targets? measured on your rows
   qlora push runs/chat me/my-adapter             share a finished run: adapter, model card, report
+  qlora export runs/chat                         a GGUF file for llama.cpp and Ollama
   qlora chat me/my-adapter                       talk to an adapter, of a run or from the Hub; eval and merge take the same
 """
 # In the order in which people meet them.
 _VERBS = (
-    before.add_train, before.add_check, before.add_plan, before.add_models, before.add_inspect, before.add_cache,
-    after.add_chat, after.add_eval, after.add_merge, after.add_push,
+    before.add_train, before.add_check, before.add_plan, before.add_models, before.add_inspect, before.add_cache, sweep.add_sweep,
+    after.add_chat, after.add_eval, after.add_merge, after.add_export, after.add_push,
+    evidence.add_measure,
 )
 
 

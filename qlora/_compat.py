@@ -5,10 +5,11 @@ library's code: these are settings and corrections of our own objects.
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 from qlora.hardware.driver import on_windows
@@ -218,6 +219,14 @@ def hide_loading_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+@contextmanager
+def without_gguf_bar() -> Iterator[None]:
+    """Keep off the screen what the GGUF loader draws there: it asks tqdm itself, not transformers' logging (5.17 to 5.23,
+    modeling_gguf_pytorch_utils.py: load_gguf_checkpoint). Goes when `hide_loading_bars` reaches it."""
+    with redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextmanager

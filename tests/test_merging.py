@@ -416,7 +416,7 @@ def test_a_merge_that_is_cut_short_starts_anew(ready, tmp_path, how):
 
 def test_two_at_once_do_not_meet(ready, tmp_path):
     (tmp_path / "out.part").mkdir()
-    with FileLock(tmp_path / "out.part/.qlora-merge"), pytest.raises(BusyError):
+    with FileLock(tmp_path / "out.part/.qlora-part"), pytest.raises(BusyError):
         merge(find_adapter(str(ready)), tmp_path / "out")
 
 
@@ -475,12 +475,12 @@ def test_tensors_alone_are_compared_as_well(small_model, tmp_path):
 def test_a_streamed_model_is_the_loaded_one(shape, tmp_path, monkeypatch):
     adapter, config = make_adapter(shape, tmp_path / "adapter"), find_config(str(shape))
     ids = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
-    loaded = checking._both(checking._loaded(shape, config), adapter, ids)
+    loaded = checking.run_both(checking.load_plain(shape, config), adapter, ids)
     monkeypatch.setattr(streamed, "_SMALL", 100)
-    streamed_model = checking._streamed(shape, config, (), "fp32")
+    streamed_model = checking.stream(shape, config, {}, "fp32")
     resting = sum(parameter.untyped_storage().nbytes() for parameter in streamed_model.parameters())
     assert resting < 0.1 * sum(4 * parameter.numel() for parameter in streamed_model.parameters())
-    for ours, theirs in zip(checking._both(streamed_model, adapter, ids), loaded, strict=True):
+    for ours, theirs in zip(checking.run_both(streamed_model, adapter, ids), loaded, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(checking, "LOADED_BYTES", 0)
     found = merge(find_adapter(str(adapter)), tmp_path / "out")
@@ -498,7 +498,7 @@ def test_a_streamed_layer_has_its_bias(small_model, tmp_path):
     model.save_pretrained(tmp_path / "base")
     config = find_config(str(tmp_path / "base"))
     ours, theirs = (logits(made(tmp_path / "base", config)) for made in (
-        lambda folder, config: checking._streamed(folder, config, (), "fp32"), checking._loaded))
+        lambda folder, config: checking.stream(folder, config, {}, "fp32"), checking.load_plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -520,3 +520,31 @@ def test_the_verb(ready, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         main(["merge", str(ready), "--max-shard", "3"])
     assert os.listdir(tmp_path) == [out.name]
+    assert "at most (the adapter itself" in shown and "vllm serve" in shown and "AutoModelForCausalLM" in shown
+    assert "a second time" in shown, "what quantising it again would be"
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(ready, tmp_path, capsys, monkeypatch):
+    from qlora.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", str(ready), "--max-shard", "200KB", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    plan = qlora.merging.plan_merge(find_adapter(str(ready)), max_shard_bytes=200 * 1024)
+    assert not os.listdir(tmp_path) and plan.num_shards > 1 and f"in {plan.num_shards} files" in shown
+    assert "RAM:" in shown and "of 21 tensors" in shown
+    found = merge(find_adapter(str(ready)), max_shard_bytes=200 * 1024)
+    assert found.size_bytes == plan.size_bytes and len(list(found.folder.glob("*.safetensors"))) == plan.num_shards
+
+
+def test_what_the_base_s_precision_costs_is_measured(small_model, tmp_path):
+    adapter = find_adapter(str(make_adapter(small_model, tmp_path / "adapter")))
+    found = merge(adapter, tmp_path / "out").comparison
+    assert found.max_kl >= found.kl >= 0 and found.trained.max_kl > found.trained.kl > 100 * found.kl
+    # The other side of the same: the model merged into NF4 is what was trained.
+    inside = merge(adapter, tmp_path / "nf4", into="nf4", dtype="fp32")
+    assert inside.comparison.trained is None and "none against training" in "".join(inside.lines())
+    wanted = checking.agree(logits(load(tmp_path / "nf4")), logits(load(tmp_path / "out")))
+    assert wanted.kl == pytest.approx(found.trained.kl, rel=0.8), "other prompts, the same size"
+    broken = checking.agree(torch.zeros(1, 2, 3), torch.full((1, 2, 3), math.nan))
+    assert broken.kl == broken.max_difference == math.inf and broken.top1 == 0

@@ -1,35 +1,65 @@
 """Merge an adapter into its base: a model that anybody can load, without PEFT.
 
-`adapter` says what is added, `base` where to, `writing` writes it tensor by tensor, and `checking` holds what was written against
-base and adapter. `merge` is all of it.
+`adapter` says what is added, `base` where to, `parts` puts the two together, `writing` writes the sum tensor by tensor,
+`workplace` is where, and `checking` holds what was written against base and adapter. `merge` is all of it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Iterator
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qlora import _compat
-from qlora.errors import BusyError, OutputError, VerificationError
+from qlora.errors import VerificationError
+from qlora.merging import workplace
 from qlora.progress import Progress
-from qlora.units import GIB, MIB, format_bytes
+from qlora.units import GIB, format_bytes
 
 if TYPE_CHECKING:
     from qlora.hub.adapter import Adapter
-    from qlora.merging.base import Change
     from qlora.merging.checking import Comparison
+    from qlora.merging.parts import Parts
 
 INTO = {
     "16bit": "into the base's original weights, which are finer than the 4-bit ones that the adapter was trained on",
     "nf4": "into the weights as NF4 had them in training, stored at full width: what was trained, and no smaller",
 }
 MAX_SHARD_BYTES = 5 * GIB
-_MARK = ".qlora-merge"  # in a folder that a merge works in; nothing else is ever cleared away
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge will take; nothing is written yet.
+
+    Attributes:
+        size_bytes: of the weights that are written, into `num_shards` files.
+        memory_bytes: host memory at its highest, beside the libraries.
+        loaded_bytes: a model that takes more in fp32 is not loaded to be compared, but run from the disk.
+    """
+
+    parts: Parts
+    out: Path
+    into: str
+    dtype: str | None
+    max_shard_bytes: int
+    size_bytes: int
+    num_shards: int
+    memory_bytes: int
+    free_memory_bytes: int
+    free_disk_bytes: int
+    loaded_bytes: int
+
+    def lines(self) -> list[str]:
+        files = "1 file" if self.num_shards == 1 else f"{self.num_shards} files"
+        return [
+            f"Merge:   {self.parts.adapter.name} into {self.parts.adapter.base}, {INTO[self.into]}",
+            f"Changes: {self.parts.num_changed} of {len(self.parts.changes)} tensors, one at a time",
+            f"RAM:     {format_bytes(self.memory_bytes)} at most beside the libraries; "
+            f"{format_bytes(self.free_memory_bytes)} free",
+            f"Disk:    {format_bytes(self.size_bytes)} in {files}; {format_bytes(self.free_disk_bytes)} free",
+            f"Folder:  {self.out}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -64,19 +94,63 @@ class Merged:
             ran = "loaded by Transformers" if found.how == "loaded" else "run from the disk module by module, as it is large"
             lines += [
                 f"Checked: {ran}, against base + adapter by PEFT in fp32 on {found.num_positions} tokens: max |logit difference| "
-                f"{found.max_difference:.2g}, KL {found.kl:.2g} nats (the adapter itself: {found.kl_of_adapter:.2g}), "
-                f"top-1 agreement {found.top1:.1%}; allowed: {found.limit}",
+                f"{found.max_difference:.2g}, KL {found.kl:.2g} nats, {found.max_kl:.2g} at most (the adapter itself: "
+                f"{found.kl_of_adapter:.2g}), top-1 agreement {found.top1:.1%}; allowed: {found.limit}",
             ]
             if found.kl > 0.1 * found.kl_of_adapter > 0:
                 lines.append("Note:    rounding the weights takes a tenth or more of what the adapter does; "
                              "--dtype fp32 keeps it all")
-        return [*lines, f'Load it: AutoModelForCausalLM.from_pretrained({str(self.folder)!r}, dtype="auto")']
+        return [*lines, *self._cost(), *self._load()]
+
+    def _cost(self) -> list[str]:
+        """What it means that training saw other weights than these."""
+        if self.into == "nf4":
+            return ["Cost:    none against training as it is; whoever puts it into 4 bits again rounds it a second time"]
+        if self.comparison.trained is None:
+            return []
+        return [f"Cost:    against what was trained, the adapter on the base in 4 bits (NF4): {self.comparison.trained.words()}; "
+                "--into nf4 keeps what was trained"]
+
+    def _load(self) -> list[str]:
+        return [
+            f'Load it: AutoModelForCausalLM.from_pretrained({str(self.folder)!r}, dtype="auto")   # Transformers',
+            f"         {shlex.join(['vllm', 'serve', str(self.folder)])}",
+        ]
 
 
-def default_folder(adapter: Adapter) -> Path:
+def default_folder(adapter: Adapter, ending: str = "merged") -> Path:
     """Where a merged model goes without a word: NAME-merged, in the folder that one is in."""
     named = Path(adapter.name).expanduser().resolve()
-    return Path(f"{named.parent.name if named.name == 'adapter' else named.name}-merged")
+    return Path(f"{named.parent.name if named.name == 'adapter' else named.name}-{ending}")
+
+
+def plan_merge(
+    adapter: Adapter, out: Path | str | None = None, *, into: str = "16bit", dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES, progress: Progress | None = None,
+) -> MergePlan:
+    """What `merge` with the same arguments will do, and whether it can. Writes nothing; a base on the Hub is downloaded.
+
+    Raises:
+        ModelError: base or adapter cannot be had, do not belong together, or cannot be merged as a sum.
+        OutputError: OUT is not empty, or there is not enough room on the disk or in RAM.
+    """
+    from qlora.merging import checking, writing
+    from qlora.merging.parts import gather
+    from qlora.merging.shards import split
+
+    assert into in INTO, into
+    out = default_folder(adapter) if out is None else Path(out).expanduser()
+    workplace.refuse_full(out)
+    parts = gather(adapter, into=into, dtype=dtype, progress=progress or Progress())
+    outlines = [change.outline for change in parts.changes]
+    size_bytes, free_bytes = sum(outline.size_bytes for outline in outlines), _free_memory()
+    loaded_bytes = min(checking.LOADED_BYTES, free_bytes // 2)
+    need_bytes = max(writing.memory_bytes(parts.changes), checking.peak_bytes(
+        parts.changes, parts.nf4, parts.files.size_bytes, parts.config.vocab_size, loaded_bytes))
+    workplace.refuse_small_memory(free_bytes, need_bytes, "Merging")
+    workplace.refuse_small_disk(out, size_bytes, "The merged model")
+    return MergePlan(parts, out, into, dtype, max_shard_bytes, size_bytes, len(split(outlines, max_shard_bytes)), need_bytes,
+                     free_bytes, workplace.disk_bytes(out), loaded_bytes)
 
 
 def merge(
@@ -97,60 +171,32 @@ def merge(
     Raises:
         ModelError: base or adapter cannot be had, do not belong together, or cannot be merged as a sum.
         OutputError: OUT is not empty, or there is not enough room on the disk or in RAM.
-        BusyError: another process merges into it.
+        BusyError: another process works on it.
         VerificationError: the merged model differs; it is kept under another name.
     """
-    from qlora.catalog.lookup import find_config
-    from qlora.merging import adapter as adapters
-    from qlora.merging import base, checking, writing
+    from qlora.merging import checking, writing
 
-    assert into in INTO, into
-    _compat.hide_loading_bars()
     progress = progress or Progress()
-    out = default_folder(adapter) if out is None else Path(out).expanduser()
-    _refuse_full(out)
-    files = adapters.read_adapter(adapter.folder)
-    with progress.stage(f"Looking at {adapter.base}") as update:
-        folder = base.base_folder(adapter.base, adapter.base_revision, progress)
-        config = find_config(str(folder))
-        trained = _trained_precision(adapter)
-        tensors = base.list_tensors(adapter.base, folder)
-        changes = base.plan_changes(adapter.base, config, tensors, files, into=into, dtype=dtype, trained=trained)
-        update(1, 1)
-    size_bytes = sum(change.outline.size_bytes for change in changes)
-    free_bytes = _free_memory()
-    loaded_bytes = min(checking.LOADED_BYTES, free_bytes // 2)
-    _refuse_small_memory(free_bytes, max(
-        writing.memory_bytes(changes), checking.peak_bytes(changes, files.size_bytes, config.vocab_size, loaded_bytes)))
-    with _workplace(out) as part:
-        _refuse_small_disk(part, size_bytes)
-        try:
-            with progress.stage(f"Merging {len(files.products) + len(files.replaced)} of {len(changes)} tensors") as update:
-                writing.write_weights(part, changes, max_shard_bytes=max_shard_bytes, trained=trained.compute, progress=update)
-                writing.copy_small_files(folder, adapter.folder, part, dtype)
-        except OSError as error:
-            if isinstance(error, OutputError):
-                raise
-            raise OutputError(f"The merged model cannot be written to {part}: {error.strerror or error}.",
-                              "Make room or name another folder; the same command starts anew.") from error
+    plan = plan_merge(adapter, out, into=into, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress)
+    for line in plan.lines()[1:4]:
+        progress.note(line)
+    parts, out = plan.parts, plan.out
+    with workplace.workplace(out) as part:
+        with workplace.explained(part, "The merged model"):
+            with progress.stage(f"Merging {parts.num_changed} of {len(parts.changes)} tensors") as update:
+                writing.write_weights(part, parts.changes, max_shard_bytes=max_shard_bytes, trained=parts.trained,
+                                      progress=update)
+                writing.copy_small_files(parts.folder, adapter.folder, part, dtype)
         with progress.stage("Comparing it with base and adapter") as update:
-            comparison = checking.compare(
-                part, folder, adapter.folder, changes, trained=trained.compute, loaded_bytes=loaded_bytes, progress=update)
+            comparison = checking.compare(part, parts.folder, adapter.folder, parts.changes, nf4=parts.nf4, trained=parts.trained,
+                                          loaded_bytes=plan.loaded_bytes, progress=update)
         if not comparison.passes:
-            raise _differs(comparison, _put_aside(part, out))
-        _publish(part, out)
-    return Merged(out, into, size_bytes, len(files.products) + len(files.replaced), len(changes), comparison)
+            raise _differs(comparison, workplace.put_aside(part, out))
+        workplace.publish(part, out)
+    return Merged(out, into, plan.size_bytes, parts.num_changed, len(parts.changes), comparison)
 
 
 # --- details -----------------------------------------------------------------------------------------------------------
-
-
-def _trained_precision(adapter: Adapter) -> Any:
-    """As the run says; of an adapter from elsewhere, bf16."""
-    from qlora.precision import Precision
-
-    found = adapter.run.setting("model.dtype") if adapter.run else None
-    return Precision(found if found in ("bf16", "fp16", "fp32") else "bf16", "fp32", False, "as in training")
 
 
 def _free_memory() -> int:
@@ -159,93 +205,11 @@ def _free_memory() -> int:
     return host_memory()[1]
 
 
-def _refuse_full(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise OutputError(f"{out} is there already, and is not an empty folder.", "Name another folder for the merged model.")
-
-
-def _refuse_small_memory(free_bytes: int, need_bytes: int) -> None:
-    if need_bytes > free_bytes:
-        raise OutputError(f"Merging takes {format_bytes(need_bytes)} of RAM; {format_bytes(free_bytes)} are free.",
-                          "Close other programs, or merge on a machine with more RAM.")
-
-
-def _refuse_small_disk(part: Path, size_bytes: int) -> None:
-    free_bytes, need_bytes = shutil.disk_usage(part).free, size_bytes + 64 * MIB
-    if need_bytes > free_bytes:
-        raise OutputError(f"The merged model takes {format_bytes(need_bytes)}; {format_bytes(free_bytes)} are free at "
-                          f"{part.parent}.",
-                          "Make room, or name a folder on a larger disk.")
-
-
-@contextlib.contextmanager
-def _workplace(out: Path) -> Iterator[Path]:
-    """An empty OUT.part that no other process works in; gone afterwards, whatever happens.
-
-    Raises:
-        BusyError: another process merges there.
-        OutputError: it cannot be written, or was not made by a merge.
-    """
-    from filelock import FileLock, Timeout
-
-    part = out.with_name(f"{out.name}.part")
-    if part.is_symlink() or (part.exists() and not (part.is_dir() and ((part / _MARK).exists() or not any(part.iterdir())))):
-        raise OutputError(f"{part} is where the merged model would be made, and something else is there.",
-                          "Move that away, or name another folder.")
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(part / _MARK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BusyError(f"Another process merges into {out}.", "Wait for it, or name another folder.") from None
-    except (OSError, NotImplementedError) as error:
-        raise OutputError(f"{part} cannot be written: {getattr(error, 'strerror', None) or error}.",
-                          "Name another folder.") from error
-    try:
-        _clear(part)  # what a merge left that was killed
-        yield part
-    finally:
-        _clear(part)
-        lock.release()
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _clear(part: Path) -> None:
-    """Remove all but the mark, which is locked. A file that cannot be removed is written over, or reported then."""
-    for path in part.iterdir() if part.is_dir() else ():
-        if path.name != _MARK:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-
-
-def _publish(part: Path, out: Path) -> None:
-    """Rename what is whole, after all of it is on the disk."""
-    from qlora import durable
-
-    try:
-        durable.sync_tree(part)
-        with contextlib.suppress(FileNotFoundError):
-            out.rmdir()  # empty: Windows renames onto nothing
-        (part / _MARK).unlink(missing_ok=True)
-        os.replace(part, out)
-        durable.sync_folder(out.parent)
-    except OSError as error:
-        raise OutputError(f"The merged model cannot be put to {out}: {error.strerror or error}.",
-                          "Name another folder.") from error
-
-
-def _put_aside(part: Path, out: Path) -> Path:
-    number = 1
-    while (aside := out.with_name(f"{out.name}.differs{'' if number == 1 else f'-{number}'}")).exists():
-        number += 1
-    _publish(part, aside)
-    return aside
-
-
 def _differs(found: Comparison, aside: Path) -> VerificationError:
     return VerificationError(
         f"The merged model is not what base and adapter are together: max |logit difference| {found.max_difference:.3g}, "
-        f"KL {found.kl:.3g} nats, top-1 agreement {found.top1:.1%}; allowed: {found.limit}. It is kept as {aside}, to be looked "
-        "at.",
+        f"KL {found.kl:.3g} nats, {found.max_kl:.3g} at most, top-1 agreement {found.top1:.1%}; allowed: {found.limit}. "
+        f"It is kept as {aside}, to be looked at.",
         "With --dtype fp32 nothing is rounded, which tells whether rounding does it. Until then, load the adapter beside its "
         "base.",
     )

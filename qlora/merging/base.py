@@ -36,6 +36,7 @@ class Change:
     Attributes:
         stored: as the base has it.
         outline: as it is written.
+        name: in the model; checkpoints may have another.
         module: its module in the model, where it is one of those that an adapter or NF4 changes.
         product: what is added to it.
         nf4: whether it goes through NF4 first.
@@ -45,6 +46,7 @@ class Change:
 
     stored: Stored
     outline: Outline
+    name: str
     module: str | None = None
     product: Product | None = None
     nf4: bool = False
@@ -124,7 +126,7 @@ def plan_changes(
     Raises:
         ModelError: the adapter is for another model, or changes what this one keeps in another form, or twice.
     """
-    skeleton = build.plain_skeleton(config, _SHAPES_ONLY)
+    skeleton = skeleton_of(config)
     tensors = list(tensors)
     names, converted = _compat.checkpoint_names(skeleton, [stored.name for stored in tensors], build.TEXT_PART_KEYS)
     wanted = _wanted(base, skeleton, adapter)
@@ -143,13 +145,26 @@ def plan_changes(
             raise ModelError(f"{base} keeps {stored.name} as {stored.dtype}, which nothing can be added to.",
                              "Name the original 16-bit model: --base MODEL")
         changes.append(Change(
-            stored, _outline(stored, dtype), module if product or nf4 else None, product, nf4,
+            stored, _outline(stored, dtype), name, module if product or nf4 else None, product, nf4,
             bool(product or nf4) and _is_transposed(skeleton, module), replaced,
         ))
     if wanted:
         raise ModelError(f"{base} holds no weights under {min(wanted)}, which the adapter changes.",
                          "Is it the base that the adapter was trained on? Name that one: --base MODEL")
     return changes
+
+
+def nf4_weights(config: PreTrainedConfig, changes: Iterable[Change], trained: Precision) -> dict[str, bool]:
+    """Names in the model of the weights that training has in NF4, and whether each has shape (in, out)."""
+    skeleton = skeleton_of(config)
+    modules = _quantised_modules(config, trained)
+    held = {change.name for change in changes}
+    return {f"{module}.weight": _is_transposed(skeleton, module) for module in sorted(modules) if f"{module}.weight" in held}
+
+
+def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights, for names and shapes."""
+    return build.plain_skeleton(config, _SHAPES_ONLY)
 
 
 # --- details -----------------------------------------------------------------------------------------------------------
@@ -227,7 +242,7 @@ def _quantised_modules(config: PreTrainedConfig, trained: Precision) -> set[str]
 
     from qlora.model.meta import build_base_on_meta
 
-    model = build_base_on_meta(config, precision=trained)
+    model = build_base_on_meta(config, precision=trained, attention="eager")  # which every family has; it is not run
     return {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,36 @@ MAX_KL_16BIT = 0.002
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """Of two models, after the same tokens.
+
+    Attributes:
+        kl, max_kl: mean and largest KL divergence of the second's next token from the first's, in nats.
+        top1: share of positions with the same likeliest token.
+        max_difference: the largest of |logit difference|; infinite where a number is none.
+    """
+
+    kl: float
+    max_kl: float
+    top1: float
+    max_difference: float
+
+    def words(self) -> str:
+        return f"KL {self.kl:.2g} nats, {self.max_kl:.2g} at most, top-1 agreement {self.top1:.1%}"
+
+
+def agree(first: torch.Tensor, second: torch.Tensor) -> Agreement:
+    """Args: logits of shape (rows, tokens, vocabulary), in fp32."""
+    wanted = first.log_softmax(-1)
+    divergence = (wanted.exp() * (wanted - second.log_softmax(-1))).sum(-1).clamp_min(0)
+    difference = float((first - second).abs().max())
+    if difference != difference or not bool(torch.isfinite(divergence).all()):
+        return Agreement(float("inf"), float("inf"), 0.0, float("inf"))
+    same = (first.argmax(-1) == second.argmax(-1)).float().mean()
+    return Agreement(float(divergence.mean()), float(divergence.max()), float(same), difference)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Merged against base with adapter.
 
@@ -48,9 +78,11 @@ class Comparison:
         num_positions: tokens of prompts after which the logits are compared; tensors, where only those are.
         max_difference: the largest of |logit difference|; of tensors, in units of what rounding may be.
         largest_logit: for scale.
-        kl: mean KL(adapter || merged) in nats; `kl_of_adapter` is KL(adapter || base), what the adapter does on these prompts.
+        kl, max_kl: mean and largest KL(adapter || merged) in nats; `kl_of_adapter` is the mean KL(adapter || base), what the
+            adapter does on these prompts.
         top1: share of positions with the same likeliest token.
         exact: whether the merged weights are in fp32.
+        trained: of the merged model with what was trained, adapter and 4-bit base; None where the base is that one.
     """
 
     how: str
@@ -59,8 +91,10 @@ class Comparison:
     largest_logit: float = 0.0
     kl: float = 0.0
     kl_of_adapter: float = 0.0
+    max_kl: float = 0.0
     top1: float = 1.0
     exact: bool = False
+    trained: Agreement | None = None
 
     @property
     def limit(self) -> str:
@@ -81,13 +115,14 @@ class Comparison:
 
 
 def compare(
-    folder: Path, base: Path, adapter: Path, changes: Sequence[Change], *, trained: str, loaded_bytes: int,
-    progress: Callable[[int, int], None],
+    folder: Path, base: Path, adapter: Path, changes: Sequence[Change], *, nf4: Mapping[str, bool], trained: str,
+    loaded_bytes: int, progress: Callable[[int, int], None],
 ) -> Comparison:
     """Run both on a few prompts.
 
     Args:
         folder: the merged model. base: its base's folder. adapter: the adapter's.
+        nf4: of `nf4_weights`.
         trained: the type in which the base was quantised for training.
         loaded_bytes: a model that takes more in fp32 is streamed.
 
@@ -97,21 +132,29 @@ def compare(
     config, merged_config = find_config(str(base)), find_config(str(folder))
     loads = 4 * sum(change.stored.num_numbers for change in changes) <= loaded_bytes
     into_nf4 = any(change.nf4 for change in changes)
-    ids = _token_ids(folder, config.vocab_size)
+    ids = token_ids(folder, config.vocab_size)
     try:
         # Transformers would quantise to NF4 from fp32; here as in training, from the type that it had.
         loads_base = loads and not into_nf4
-        reference = _loaded(base, config) if loads_base else _streamed(base, config, changes, trained)
-        progress(1, 4)
-        with_adapter, without = _both(reference, adapter, ids)
+        reference = load_plain(base, config) if loads_base else stream(base, config, nf4 if into_nf4 else {}, trained)
+        progress(1, 5)
+        with_adapter, without = run_both(reference, adapter, ids)
         del reference
-        progress(3, 4)
-        merged = _logits(_loaded(folder, merged_config) if loads else _streamed(folder, merged_config, (), trained), ids)
-        progress(4, 4)
+        progress(3, 5)
+        merged = run(load_plain(folder, merged_config) if loads else stream(folder, merged_config, {}, trained), ids)
+        progress(4, 5)
+        as_trained = None
+        if not into_nf4 and nf4:
+            as_trained = agree(run_both(stream(base, config, nf4, trained), adapter, ids, alone=False)[0], merged)
+        progress(5, 5)
     except NeedsLoaderError:
         return compare_tensors(folder, changes, trained)
     exact = all(change.outline.dtype in ("F32", "F64") for change in changes if not change.is_copy)
-    return _figures(with_adapter, without, merged, "loaded" if loads else "streamed", exact)
+    found = agree(with_adapter, merged)
+    return Comparison(
+        "loaded" if loads else "streamed", ids.numel(), found.max_difference, float(with_adapter.abs().max()), found.kl,
+        agree(with_adapter, without).kl, found.max_kl, found.top1, exact, as_trained,
+    )
 
 
 def compare_tensors(folder: Path, changes: Sequence[Change], trained: str) -> Comparison:
@@ -135,20 +178,21 @@ def compare_tensors(folder: Path, changes: Sequence[Change], trained: str) -> Co
     return Comparison("tensors", len(changes), worst)
 
 
-def peak_bytes(changes: Sequence[Change], adapter_bytes: int, vocab_size: int, loaded_bytes: int) -> int:
+def peak_bytes(
+    changes: Sequence[Change], nf4: Mapping[str, bool], adapter_bytes: int, vocab_size: int, loaded_bytes: int
+) -> int:
     """Host memory that a comparison takes at most, beside the libraries."""
     whole = 4 * sum(change.stored.num_numbers for change in changes)
     largest = max(change.stored.num_numbers for change in changes)
     logits = 6 * 4 * _ROWS * _TOKENS * vocab_size
-    nf4 = any(change.nf4 for change in changes)
-    streamed = 4 * largest + (12 * max((c.stored.num_numbers for c in changes if c.nf4), default=0) if nf4 else 0)
+    streamed = 4 * largest + 12 * max((c.stored.num_numbers for c in changes if c.name in nf4), default=0)
     return max(whole if whole <= loaded_bytes else 0, streamed) + 2 * adapter_bytes + logits
 
 
-# --- details -----------------------------------------------------------------------------------------------------------
+# --- running -----------------------------------------------------------------------------------------------------------
 
 
-def _token_ids(folder: Path, vocab_size: int) -> torch.Tensor:
+def token_ids(folder: Path, vocab_size: int) -> torch.Tensor:
     """Token ids of shape (rows, tokens): prompts in the model's own form, one after another, cut into rows."""
     found: list[int] = []
     try:
@@ -174,7 +218,7 @@ def _encode(tokenizer: Any, prompt: str) -> list[int]:
     return tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
-def _loaded(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+def load_plain(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """By Transformers, as anybody loads it, in fp32.
 
     Raises:
@@ -194,9 +238,8 @@ def _loaded(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-def _streamed(folder: Path, config: PreTrainedConfig, changes: Sequence[Change], trained: str) -> PreTrainedModel:
-    """Module by module; what `changes` puts into NF4 as NF4 leaves it."""
-    in_nf4 = {f"{change.module}.weight": change.transposed for change in changes if change.nf4}
+def stream(folder: Path, config: PreTrainedConfig, nf4: Mapping[str, bool], trained: str) -> PreTrainedModel:
+    """Module by module; the weights in `nf4` as NF4 leaves them."""
 
     def open_weights(skeleton: PreTrainedModel) -> Read:
         weights = SafetensorsWeights(str(folder))
@@ -204,39 +247,29 @@ def _streamed(folder: Path, config: PreTrainedConfig, changes: Sequence[Change],
 
         def read(name: str) -> torch.Tensor | None:
             found = weights.tensor(name)
-            return nf4_values(found, in_nf4[name], trained) if name in in_nf4 else found
+            return nf4_values(found, nf4[name], trained) if name in nf4 else found
 
         return read
 
     return build_streamed(config, open_weights)
 
 
-def _both(model: PreTrainedModel, adapter: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits with the adapter beside the base, and of the base alone."""
+def run_both(
+    model: PreTrainedModel, adapter: Path, ids: torch.Tensor, *, alone: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits with the adapter beside the base, and of the base alone where that is wanted."""
     from peft import PeftModel
 
     adapted: PeftModel = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu", low_cpu_mem_usage=True)
     adapted.eval()
-    with adapted.disable_adapter():
-        without = _logits(adapted, ids)
-    return _logits(adapted, ids), without
+    without = None
+    if alone:
+        with adapted.disable_adapter():
+            without = run(adapted, ids)
+    return run(adapted, ids), without
 
 
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def run(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Of shape (rows, tokens, vocabulary), in fp32."""
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
-
-
-def _figures(with_adapter: torch.Tensor, without: torch.Tensor, merged: torch.Tensor, how: str, exact: bool) -> Comparison:
-    wanted = with_adapter.log_softmax(-1)
-
-    def divergence(logits: torch.Tensor) -> float:
-        return float((wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1).mean().clamp_min(0))
-
-    difference = float((with_adapter - merged).abs().max())
-    return Comparison(
-        how, with_adapter.shape[0] * with_adapter.shape[1], difference if difference == difference else float("inf"),
-        float(with_adapter.abs().max()), divergence(merged), divergence(without),
-        float((with_adapter.argmax(-1) == merged.argmax(-1)).float().mean()), exact,
-    )

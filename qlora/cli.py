@@ -11,12 +11,13 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora import _compat
 from qlora.arguments import build_parser, join_sizes
-from qlora.errors import QloraError, RecipeError
+from qlora.errors import ModelError, QloraError, RecipeError
 from qlora.redact import redact
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except QloraError as error:
         return _show_traceback(error.exit_code) if options.debug else _fail(error)
     except KeyboardInterrupt:
-        kept = " The same command starts, or goes on." if options.verb in ("train", "push") else ""
+        kept = " The same command starts, or goes on." if options.verb in ("train", "push", "sweep", "measure") else ""
         print(f"\nInterrupted.{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -208,12 +209,55 @@ def _cache(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from qlora.console import ConsoleProgress
+    from qlora.recipe import load_recipe
+
+    recipe, progress = load_recipe(options.recipe, options.overrides), ConsoleProgress()
+    with progress.stage("Starting"):
+        from qlora.sweeping import read_order, sweep
+        from qlora.sweeping.preview import preview
+        from qlora.views.sweep import preview_view, sweep_view
+
+        _compat.hide_loading_bars()
+    order = read_order(recipe, grid=options.grid, space=options.space, num_seeds=options.seeds, num_trials=options.trials,
+                       out=options.out, keep=options.keep)
+    if options.dry_run:
+        planned = preview(order, progress)
+        _print_json(asdict(planned)) if options.json else _print_view(preview_view(planned))
+        return 0 if any(point.fits for point in planned.points) else 2
+    found = sweep(order, progress)
+    if options.json:
+        _print_json(found.to_json())
+        return 0
+    console = Console()
+    console.print(sweep_view(found, console.width))
+    _print_lines([*([f"Train it: {found.command}"] if found.command else []), f"Report:   {Path(found.folder) / 'sweep.md'}"])
+    return 0
+
+
 def _chat(options: argparse.Namespace) -> int:
     from qlora.chatting import Terminal, chat
 
-    adapter, progress = _find_adapter(options)
-    terminal = Terminal(input, lambda text: print(text, end="", flush=True), progress.note, sys.stdin.isatty())
-    chat(adapter, terminal, progress, device=options.device, max_tokens=options.max_tokens, temperature=options.temperature)
+    adapters, progress = _find_adapters(options)
+    typed, seen = (stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+    def read(prompt: str) -> str:
+        if sys.stdin is None:  # closed before we began
+            raise EOFError
+        if seen or not typed:
+            return input(prompt)
+        print(prompt, end="", file=sys.stderr, flush=True)  # answers go into a file or a pipe, and prompts do not belong there
+        return input()
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    terminal = Terminal(read, write, progress.note, typed, progress.aside)
+    chat(adapters, terminal, progress, device=options.device, max_tokens=options.max_tokens, temperature=options.temperature,
+         seed=options.seed, system=options.system)
     return 0
 
 
@@ -221,19 +265,46 @@ def _eval(options: argparse.Namespace) -> int:
     from qlora.comparing import compare
     from qlora.views.comparison import comparison_view
 
-    adapter, progress = _find_adapter(options)
-    found = compare(adapter, data=options.data, num_rows=options.rows, device=options.device, progress=progress)
-    _print_json(found.to_json()) if options.json else _print_view(comparison_view(found))
+    adapters, progress = _find_adapters(options)
+    found = compare(adapters, data=options.data, num_rows=options.rows, num_answers=options.answers, device=options.device,
+                    progress=progress)
+    if options.json or options.per_row:
+        _print_json(found.to_json(per_row=options.per_row))
+    else:
+        _print_view(comparison_view(found, options.samples))
     return 0
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from qlora.merging import merge
+    from qlora.merging import merge, plan_merge
 
     adapter, progress = _find_adapter(options)
-    _print_lines(merge(adapter, options.out, into=options.into, dtype=options.dtype, max_shard_bytes=options.max_shard,
-                       progress=progress).lines())
+    _print_lines((plan_merge if options.dry_run else merge)(
+        adapter, options.out, into=options.into, dtype=options.dtype, max_shard_bytes=options.max_shard, progress=progress,
+    ).lines())
     return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from qlora.exporting import export, find_format, plan_export
+
+    find_format(options.form or "f16")  # a slip of the pen is told before anything is fetched
+    adapter, progress = _find_adapter(options)
+    _print_lines((plan_export if options.dry_run else export)(
+        adapter, options.out, form=options.form, adapter_only=options.adapter_only, into=options.into, progress=progress).lines())
+    return 0
+
+
+def _find_adapters(options: argparse.Namespace) -> tuple[list[Any], Progress]:
+    from qlora.console import ConsoleProgress
+    from qlora.hub.fetch import find_adapter
+
+    if options.revision is not None and len(options.sources) > 1:
+        raise ModelError("--revision says which version of one adapter is meant, and several are named.",
+                         f"Write it behind its name: {options.sources[0]}@{options.revision}")
+    progress = ConsoleProgress()
+    return [find_adapter(source, revision=options.revision, base=options.base, progress=progress)
+            for source in options.sources], progress
 
 
 def _find_adapter(options: argparse.Namespace) -> tuple[Any, Progress]:
@@ -261,6 +332,41 @@ def _push(options: argparse.Namespace) -> int:
     return 0
 
 
+def _measure(options: argparse.Namespace) -> int:
+    from qlora.console import ConsoleProgress
+    from qlora.measuring.default_cells import cells_for
+    from qlora.measuring.flow import Order, measure, planned_lines
+    from qlora.measuring.lines import adopt_receipts, need_lines
+    from qlora.planning.receipts import Receipts
+
+    progress = ConsoleProgress()
+    if options.receipts:
+        receipts = Receipts.load()
+        for path in map(Path, options.receipts):
+            num_found, num_new = adopt_receipts(path, receipts)
+            _print_lines([f"{path}: {num_found} measurements, {num_new} of them new; kept in {receipts.path}"])
+        return 0
+    if options.summary:
+        return _show_measured(need_lines([Path(path) for path in options.summary]), options)
+    order = Order(Path(options.out), options.cpu, options.try_refused, options.minutes, options.jobs, options.timeout)
+    cells, here = cells_for(options.overrides, options.cells, options.vram, plan_only=options.plan_only, cpu=options.cpu)
+    lines = planned_lines(cells, order, progress, here=here) if options.plan_only else measure(cells, order, progress)
+    return _show_measured(lines, options)
+
+
+def _show_measured(lines: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
+    from qlora.measuring.summary import markdown_tables, summaries
+    from qlora.views.measured import measured_view, plans_view, summary_view
+
+    if options.json:
+        _print_json({"lines": lines, "summaries": [found.to_json() for found in summaries(lines)]})
+    elif options.markdown:
+        print(markdown_tables(lines))
+    elif lines:
+        _print_view(plans_view(lines) if options.plan_only else summary_view(lines) if options.summary else measured_view(lines))
+    return 2 if any("error" in line for line in lines) and not options.summary else 0
+
+
 def _fail(error: QloraError) -> int:
     """One block on stderr: what is wrong, then what helps."""
     from rich.console import Console
@@ -280,4 +386,5 @@ def _show_traceback(exit_code: int) -> int:
 
 
 _VERBS = {"train": _train, "check": _check, "plan": _plan, "models": _models, "inspect": _inspect, "cache": _cache,
-          "chat": _chat, "eval": _eval, "merge": _merge, "push": _push}
+          "sweep": _sweep, "chat": _chat, "eval": _eval, "merge": _merge, "export": _export, "push": _push,
+          "measure": _measure}

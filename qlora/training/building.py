@@ -50,22 +50,30 @@ class BaseOrder:
 
 @dataclass(frozen=True)
 class Base:
-    """A base that is ready for adapters, and the store that parts of it go on coming from."""
+    """A base that is ready for adapters, and the store that parts of it go on coming from.
+
+    Attributes:
+        tensor_bytes: what its tensors take, where they were there before the run that it is for.
+    """
 
     model: PreTrainedModel
     stream: Stream | None = None
     store: BaseStore | None = None
+    tensor_bytes: int = 0
 
 
-def build_model(setup: Setup, progress: Progress) -> tuple[PeftModel, Engine]:
+def build_model(setup: Setup, progress: Progress, base: Base | None = None) -> tuple[PeftModel, Engine]:
     """The 4-bit base with fresh adapters, on the device and within the budget, working as the plan's placement says.
+
+    Args:
+        base: the one that it is built on, see `qlora.training.bases`; None loads it.
 
     Raises:
         ModelError: weights that are missing, gated, unreachable, pickled, or quantised in another way.
         OutputError: there is no room on the disk for the quantised base.
     """
     limit_memory(setup.device, setup.plan.budget_bytes - setup.plan.parts["context"])
-    return put_adapters(setup, find_base(order_of(setup), progress), progress)
+    return put_adapters(setup, base or find_base(order_of(setup), progress), progress)
 
 
 def order_of(setup: Setup) -> BaseOrder:

@@ -30,11 +30,13 @@ class TensorMeter:
         allocated: known when `watching` has ended, in the order in which the phases began.
         reserved: empty; the CPU's allocator keeps nothing back.
         left: what was still there at each phase's end.
+        already_bytes: of tensors that were made before `watching` began and belong to what is measured.
     """
 
     allocated: dict[str, int] = field(default_factory=dict)
     reserved: dict[str, int] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)
+    already_bytes: int = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -62,7 +64,7 @@ class TensorMeter:
         events = profiler.profiler.kineto_results.events()
         phases = sorted(_phase(event) for event in events if event.name().startswith(_MARK))
         changes = sorted((event.start_ns(), i, event.nbytes()) for i, event in enumerate(events) if event.name() == "[memory]")
-        total, rest = 0, iter([*changes, (_END_OF_TIME, 0, 0)])
+        total, rest = self.already_bytes, iter([*changes, (_END_OF_TIME, 0, 0)])
         when, _, size = next(rest)
         for start, end, name in phases:
             while when < start:

@@ -5,7 +5,7 @@ A run that was broken off goes on from its newest good checkpoint, so every step
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from qlora.training.run_folder import find_run, open_folder, refuse_taken
 from qlora.training.session import (
     Clock, Session, failures_explained, how_to_go_on, lock, make_session, open_metrics, watching_memory, write_down,
 )
-from qlora.training.setup import prepare, refuse_what_does_not_fit
+from qlora.training.setup import Setup, prepare, refuse_what_does_not_fit
 from qlora.training.stages import assemble, keep_last_good, save_adapter, verify, verify_unchanged
 from qlora.training.stopping import Stopper
 from qlora.units import format_bytes
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from qlora.hub.push import Pushed
     from qlora.planning.receipts import Receipt
     from qlora.results.report import RunSummary
+    from qlora.training.bases import Bases
+    from qlora.training.monitor import FrozenNorms
     from qlora.training.trainer import AdapterTrainer
 
 
@@ -58,7 +60,9 @@ class RunResult:
     push_error: PushError | None = None
 
 
-def train(recipe: Recipe, progress: Progress | None = None, *, fresh: bool = False, force: bool = False) -> RunResult:
+def train(
+    recipe: Recipe, progress: Progress | None = None, *, fresh: bool = False, force: bool = False, bases: Bases | None = None,
+) -> RunResult:
     """Run a recipe: plan, build, verify, try out, evaluate, train, evaluate again, save, report, push.
 
     A run folder that holds an unfinished run is gone on with, to the very numbers that it would have come to.
@@ -67,6 +71,7 @@ def train(recipe: Recipe, progress: Progress | None = None, *, fresh: bool = Fal
         progress: told about each stage; left out, the run is silent.
         fresh: start anew, beside a run that is there.
         force: go on with an unfinished run although its settings or data have changed.
+        bases: where several runs of this process take turns on one base.
 
     Raises:
         QloraError: see `qlora.errors`; each says what to change.
@@ -90,18 +95,20 @@ def train(recipe: Recipe, progress: Progress | None = None, *, fresh: bool = Fal
             lock(held, found.path, progress)
             refuse_taken(found.path)
         session = make_session(setup, found.path, begun, clock, progress)
-        return push(run(session), recipe, progress)
+        return push(run(session, bases), recipe, progress)
 
 
-def run(session: Session) -> RunResult:
+def run(session: Session, bases: Bases | None = None) -> RunResult:
     """A run whose settings are decided and whose folder is there."""
     setup, clock, progress = session.setup, session.clock, session.progress
     write_down(session)
     with failures_explained(session), ExitStack() as held:
-        with watching_memory(session) as trial:
-            model, engine = clock.time("load", lambda: build_model(setup, progress))
+        shared = clock.time("load", lambda: bases.take(setup, progress)) if bases else None
+        with watching_memory(session, shared.tensor_bytes if shared else 0) as trial:
+            model, engine = clock.time("load", lambda: build_model(setup, progress, shared))
             held.callback(engine.close)
-            base = clock.time("verify", lambda: verify(setup, model, engine))
+            norms = frozen_norms(setup, model)
+            base = clock.time("verify", lambda: verify(setup, model, engine, norms.beside))
             if session.begun:
                 refuse_another_base(session.begun, base, progress)
             clock.time("try out", lambda: try_out(session, model, engine, trial))
@@ -111,6 +118,7 @@ def run(session: Session) -> RunResult:
             trainer = assemble(setup, model, engine, session.folder, on_row=metrics.add, ladder=session.ladder, tell=session.tell,
                                look=stopper.look)
             before = clock.time("evaluate before", lambda: evaluate_before(session, trainer))
+            watch_adapters(setup, trainer, norms, metrics.rows, progress.note)
             clock.time("train", lambda: run_steps(session, trainer, metrics, stopper, base))
         keep_the_best(session, model, metrics.rows)
         after = clock.time("evaluate after", lambda: evaluate(session, trainer, "after"))
@@ -173,6 +181,26 @@ def evaluate(session: Session, trainer: AdapterTrainer, when: str) -> Evaluation
         answers = answers_of(setup, trainer.model, session.tell, update)
     match = exact_match(answers, [sample.reference for sample in setup.data.samples])
     return replace(found, exact_match=match, num_answers=len(answers), answers=tuple(answers))
+
+
+def frozen_norms(setup: Setup, model: PeftModel) -> FrozenNorms:
+    """What takes the norms of the frozen weights; of none where nobody looks at the adapters while they train."""
+    from qlora.training.monitor import FrozenNorms, find_groups
+
+    return FrozenNorms(find_groups(model, setup.selection) if setup.plan.settings.get("train.monitor_every") else {})
+
+
+def watch_adapters(
+    setup: Setup, trainer: AdapterTrainer, norms: FrozenNorms, rows: Sequence[Mapping[str, Any]], note: Callable[[str], None]
+) -> None:
+    """Look at gradients and adapters every so many steps, and say what to try where a rule fires on the rows so far."""
+    from qlora.training.advice import Situation
+    from qlora.training.monitor import Monitor
+
+    plan = setup.plan
+    if norms.groups:
+        situation = Situation.of(plan.decisions, plan.num_steps, len(setup.data.train), setup.selection)
+        trainer.add_callback(Monitor(trainer, norms, situation, every=plan.settings["train.monitor_every"], rows=rows, note=note))
 
 
 def run_steps(session: Session, trainer: AdapterTrainer, metrics: MetricsFile, stopper: Stopper, base: str) -> None:
@@ -265,6 +293,7 @@ def write_results(
     """Plots, the model card, report.md and, as the last of all, report.json: with it the run is finished."""
     from qlora.results.licence import licence_of_base
     from qlora.results.model_card import write_card
+    from qlora.results.monitor_plots import draw_monitor
     from qlora.results.plan_plots import draw_planned_measured
     from qlora.results.plots import draw_all
     from qlora.results.report import write_report
@@ -279,6 +308,7 @@ def write_results(
         max_grad_norm=setup.plan.settings["train.max_grad_norm"],
         length_percentiles={"p50": lengths.p50, "p95": lengths.p95},
     )
+    draw_monitor(rows, folder / "plots")
     draw_planned_measured(
         summary.planned_phases, summary.measured_phases, setup.plan.budget_bytes,
         folder / "plots" / "memory.png",

@@ -84,10 +84,13 @@ def section(name: str, result: SweepResult) -> str:
     """Markdown."""
     from qlora.sweeping import table
 
-    columns = table.head(result)
-    lines = [f"### {CASES[name].title}", "", f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
-    lines += [f"| {' | '.join(row)} |" for row in table.rows(result)]
-    versions = ", ".join(f"{name} {result.facts['versions'][name]}" for name in ("python", "torch", "transformers", "trl", "peft"))
+    # Not the time: small models and another program beside them say nothing about it.
+    lines = [[cell for cell, column in zip(row, table.head(result), strict=True) if column != "time"]
+             for row in (table.head(result), *table.rows(result))]
+    lines.insert(1, ["---"] * len(lines[0]))
+    lines = [f"### {CASES[name].title}", "", *(f"| {' | '.join(cells)} |" for cells in lines)]
+    libraries = ("python", "torch", "transformers", "trl", "peft")
+    versions = ", ".join(f"{name} {result.facts['versions'][name]}" for name in libraries)
     lines += ["", table.before_line(result), *(f"{line.rstrip('.')}." for line in table.winner_lines(result)), "",
               f"{result.facts['device']}; {versions}."]
     return "\n".join(lines)

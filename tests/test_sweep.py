@@ -32,7 +32,8 @@ FAST = ("train.max_steps=2", "train.sample_rows=2", "train.save_every=1", "train
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    turns = [[{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "the cat " * (1 + i % 4)}] for i in range(24)]
+    turns = [[{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "the cat " * (1 + i % 4)}]
+             for i in range(24)]
     path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
     return path
 
@@ -91,7 +92,8 @@ def test_alpha_in_ranks_is_a_number_where_the_rank_is_known(recipe):
 
 def test_values_and_names(recipe):
     space = read_space(["lora.r=8,16", "lora.dropout=0,1e-1", "lora.targets=[q_proj, v_proj],all"], recipe(), ranges=False)
-    assert space["lora.r"] == (8, 16) and space["lora.dropout"] == (0, 0.1) and space["lora.targets"] == ("[q_proj, v_proj]", "all")
+    assert space["lora.r"] == (8, 16) and space["lora.dropout"] == (0, 0.1)
+    assert space["lora.targets"] == ("[q_proj, v_proj]", "all")
     names = {name_of({"lora.r": r, "lora.targets": targets}, recipe()) for r in (8, 16) for targets in space["lora.targets"]}
     assert "r8-all" in names and len(names) == 4 and not any(set(name) & set("/ []") for name in names)
     drawn = read_space(["train.weight_decay=1e-3..1e-1", "lora.r=4..64"], recipe(), ranges=True)
@@ -101,7 +103,8 @@ def test_values_and_names(recipe):
 @pytest.mark.parametrize(("words", "said"), [
     ([], "empty"), (["lora.r="], "no values"), (["lora.r"], "no values"), (["lora.r=8,,16"], "empty"), (["lora.r=8,8"], "twice"),
     (["lora.r=4", "lora.r=8"], "twice"), (["lora.rank=8"], "lora.r"), (["lora.r=8,zero"], "zero"), (["lora.alpha=r,-2"], "-2"),
-    (["train.seed=1,2"], "--seeds"), (["data.path=a,b"], "compared"), (["train.epochs=1,2", "train.max_steps=1,2"], "command line"),
+    (["train.seed=1,2"], "--seeds"), (["data.path=a,b"], "compared"),
+    (["train.epochs=1,2", "train.max_steps=1,2"], "command line"),
     (["lora.r=" + ",".join(map(str, range(1, 40))), "lora.alpha=" + ",".join(map(str, range(1, 40)))], "combinations"),
 ])
 def test_a_grid_that_makes_no_sense_is_refused(recipe, words, said):
@@ -257,7 +260,8 @@ def test_the_base_is_loaded_once_and_left_as_it_was(recipe, tmp_path, one_thread
     assert {p.data_ptr() for p in second.model.parameters()} == pointers and second.tensor_bytes > 0
     assert not any("lora" in name for name, _ in second.model.named_modules())
     assert second.model.config._attn_implementation == "sdpa" and fingerprint_base(second.model) == before
-    bases.take(replace(setup, precision=choose_precision("fp32" if setup.precision.compute == "bf16" else "bf16", setup.device)), Progress())
+    other = choose_precision("fp32" if setup.precision.compute == "bf16" else "bf16", setup.device)
+    bases.take(replace(setup, precision=other), Progress())
     assert bases.num_loads == 2
     bases.let_go()
 
@@ -276,13 +280,15 @@ def test_what_a_sweep_leaves(swept):
     assert (run / "adapter").is_dir() and not (run / "checkpoints").exists()
 
 
-def test_a_finished_sweep_runs_nothing_again_and_its_study_is_read_from_the_runs(swept):
+def test_a_finished_sweep_runs_nothing_again_and_its_study_is_read_from_the_runs(swept, tmp_path):
     order, result = swept
     shown = {path: path.stat().st_mtime_ns for path in order.folder.rglob("report.json")}
     assert plain(sweep(order)) == plain(result)
     (order.folder / "study.journal").unlink()
     assert plain(sweep(order)) == plain(result)
     assert shown == {path: path.stat().st_mtime_ns for path in order.folder.rglob("report.json")}
+    shutil.copytree(order.folder, tmp_path / "sweep", ignore=shutil.ignore_patterns("trials"))  # and the runs from the study
+    assert plain(sweep(replace(order, folder=tmp_path / "sweep"))) == plain(result)
 
 
 def test_a_sweep_that_stops_in_the_middle_comes_to_the_same_table(recipe, swept, tmp_path):
@@ -326,7 +332,8 @@ def test_a_sweep_that_was_begun_with_something_else_is_not_gone_on_with(swept, r
         path.write_text("".join(rows.read_text().splitlines(keepends=True)[:20]))
         data = {"path": str(path)}
     how = {} if "search" in change else {"grid": words}
-    other = read_order(recipe(*change.get("overrides", ()), data=data), num_seeds=change.get("num_seeds", 1), out=str(order.folder), **how)
+    given = recipe(*change.get("overrides", ()), data=data)
+    other = read_order(given, num_seeds=change.get("num_seeds", 1), out=str(order.folder), **how)
     with pytest.raises(ResumeError, match=said):
         sweep(other)
 
@@ -347,19 +354,21 @@ def test_what_does_not_fit_and_what_diverges_are_rows(recipe, swept, tmp_path, m
     def train(given, *words, **options):
         if given.lora.r == 3:
             raise DoesNotFitError("too large", "", 9 * 2**30, 8 * 2**30)
-        raise DivergedError("The loss is not finite in step 3.\nMore of it.", "")
+        raise DivergedError("The loss is not finite in step 3. All weights are.\nMore of it.", "")
 
     monkeypatch.setattr(run, "train", train)
     folder = with_run_of(swept, tmp_path / "sweep", "r4-alpha8-seed42")
     order = read_order(recipe(), grid=["lora.r=3,4,5", "lora.alpha=2r"], num_seeds=1, out=str(folder), keep="none")
     result = sweep(order)
     assert [p.problem for p in result.points] == [
-        "does not fit: needs 9.00 GiB of 8.00 GiB", "", "diverged with seed 42: The loss is not finite in step 3."]
+        "does not fit: needs 9.00 GiB of 8.00 GiB", "", "diverged with seed 42: The loss is not finite in step 3"]
     assert result.winner.name == "r4-alpha8" and not list(order.folder.rglob("adapter"))
     page = (order.folder / "sweep.md").read_text()
     assert "does not fit" in page and "diverged" in page
     with pytest.raises(HardwareError, match="does not fit"):
-        sweep(read_order(recipe(), grid=["lora.r=3,5"], num_seeds=1, out=str(tmp_path / "none")))
+        sweep(read_order(recipe(), grid=["lora.r=3"], num_seeds=1, out=str(tmp_path / "none")))
+    with pytest.raises(DivergedError, match="diverged with seed 42"):
+        sweep(read_order(recipe(), grid=["lora.r=3,5"], num_seeds=1, out=str(tmp_path / "neither")))
 
 
 def test_without_held_out_rows_there_is_nothing_to_compare(recipe, tmp_path):
@@ -405,7 +414,8 @@ def test_a_trial_never_pushes(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["nowhere.yaml"], "no recipe"), (["RECIPE", "--grid"], "empty"), (["RECIPE", "--grid", "lora.rank=4"], "Did you mean lora.r"),
+    (["nowhere.yaml"], "no recipe"), (["RECIPE", "--grid"], "empty"),
+    (["RECIPE", "--grid", "lora.rank=4"], "Did you mean lora.r"),
     (["RECIPE", "lora.r=4", "--grid", "lora.r=4,8"], "Write it once"),
 ])
 def test_mistakes_are_one_block_and_exit_code_2(recipe, rows, small_model, tmp_path, capsys, words, said):
@@ -427,7 +437,8 @@ def test_a_killed_process_goes_on_to_the_same_table(root, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command(tmp_path / "whole"), env=environment, check=True, capture_output=True)
     for wanted in ("r4-seed42", "r8-seed42"):
-        process = subprocess.Popen(command(tmp_path / "killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(tmp_path / "killed"), env=environment, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         checkpoints = tmp_path / "killed" / "trials" / wanted / "checkpoints"
         while process.poll() is None and not list(checkpoints.glob("checkpoint-[2-9]*")):
             time.sleep(0.02)

@@ -22,8 +22,8 @@ examples:
   qlora sweep my.yaml --grid lora.r=8,16,32 lora.alpha=r,2r            every combination
   qlora sweep my.yaml --space lora.r=4,8,16,32 train.learning_rate=1e-4..1e-3 --trials 30    drawn by Optuna's TPE
 
-In the folder: sweep.md with the table and plots, sweep.json, study.journal (Optuna's), and trials/ with a run for each combination and
-seed. A sweep that was cut short goes on when the same command is given again, and comes to the same table.
+In the folder: sweep.md with the table and plots, sweep.json, study.journal (Optuna's), and trials/ with a run for each
+combination and seed. A sweep that was cut short goes on when the same command is given again, and comes to the same table.
 """
 
 
@@ -35,7 +35,8 @@ def add_sweep(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser
         description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sweep.add_argument("recipe", help="a YAML recipe, such as recipes/quickstart.yaml")
-    sweep.add_argument("overrides", nargs="*", default=[], metavar="section.setting=value", help="fix a setting, e.g. lora.targets=qv")
+    sweep.add_argument("overrides", nargs="*", default=[], metavar="section.setting=value",
+                       help="fix a setting, e.g. lora.targets=qv")
     how = sweep.add_mutually_exclusive_group()
     how.add_argument("--grid", nargs="*", metavar="KEY=V,V", help="every combination of these values; alpha may be r, 2r, 4r")
     how.add_argument("--space", nargs="*", metavar="KEY=V,V|LOW..HIGH", help="draw from these values and ranges")
@@ -45,6 +46,6 @@ def add_sweep(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser
     sweep.add_argument("--out", metavar="FOLDER", help="where it is kept (default: runs/NAME-sweep)")
     sweep.add_argument("--keep", choices=("best", "all", "none"), default="best",
                        help="whose adapters stay when it has ended: the winner's (default), all or none")
-    sweep.add_argument("--dry-run", action="store_true", help="plan everything and show what would run; trains and writes nothing")
+    sweep.add_argument("--dry-run", action="store_true", help="plan it and show what would run; trains and writes nothing")
     sweep.add_argument("--json", action="store_true", help="print one JSON object")
     sweep.set_defaults(verb="sweep")

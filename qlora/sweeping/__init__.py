@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import BusyError, HardwareError, OutputError
+from qlora.errors import BusyError, DivergedError, HardwareError, OutputError, QloraError
 from qlora.progress import Progress
 from qlora.recipe import Recipe
 from qlora.sweeping.begun import TRIALS, Grounds, go_on, look, refuse_foreign
-from qlora.sweeping.results import Choice, Point, SweepResult, summary_of
+from qlora.sweeping.results import DOES_NOT_FIT, Choice, Point, SweepResult, summary_of
 from qlora.sweeping.search import grid, guided, most_points, tpe
 from qlora.sweeping.space import Space, guided_space, overrides_of, read_space
 
@@ -44,8 +44,8 @@ def read_order(
     recipe: Recipe, *, grid: Sequence[str] | None = None, space: Sequence[str] | None = None, num_seeds: int = NUM_SEEDS,
     num_trials: int = 20, out: str | None = None, keep: str = "best",
 ) -> Order:
-    """An order from words: `grid` names values (lora.r=8,16), `space` ranges as well (train.learning_rate=1e-4..5e-4); with neither
-    guidance's order is followed.
+    """An order from words: `grid` names values (lora.r=8,16), `space` ranges as well (train.learning_rate=1e-4..5e-4); with
+    neither guidance's order is followed.
 
     Raises:
         RecipeError: see `qlora.sweeping.space`.
@@ -106,8 +106,7 @@ def sweep(order: Order, progress: Progress | None = None) -> SweepResult:
         result = _result(order, grounds, tuple(seen.values()), choice)
         write(result, folder)
         if choice.point is None:
-            raise HardwareError("Not one combination has a result:" + "".join(f"\n  {p.name}: {p.problem}" for p in result.points),
-                                "Where nothing fits, `qlora plan` says what would. Where all diverge, lower train.learning_rate.")
+            raise _without_result(result.points)
         prune(folder, result.points, choice.point, order.keep)
     return result
 
@@ -134,6 +133,13 @@ def _tell(point: Point, progress: Progress) -> None:
     progress.note(f"{point.name}: held-out loss {before:.4f} → {point.loss:.4f}{spread}")
 
 
+def _without_result(points: tuple[Point, ...]) -> QloraError:
+    problem = "Not one combination has a result:" + "".join(f"\n  {point.name}: {point.problem}" for point in points)
+    if all(point.problem.startswith(DOES_NOT_FIT) for point in points):
+        return HardwareError(problem, "`qlora plan` says what would fit.")
+    return DivergedError(problem, "Lower train.learning_rate, or lora.alpha.")
+
+
 def _result(order: Order, grounds: Grounds, points: tuple[Point, ...], choice: Choice | None) -> SweepResult:
     from qlora.results.report import reproduce_command
 
@@ -142,8 +148,8 @@ def _result(order: Order, grounds: Grounds, points: tuple[Point, ...], choice: C
     if choice is not None and choice.point is not None:
         command = reproduce_command(recipe.source, (*recipe.overrides, *overrides_of(choice.point.values, recipe)))
     return SweepResult(
-        folder=str(order.folder), name=recipe.name, search=order.search, keys=tuple(order.space), seeds=order.seeds, points=points,
-        choice=choice, command=command,
+        folder=str(order.folder), name=recipe.name, search=order.search, keys=tuple(order.space), seeds=order.seeds,
+        points=points, choice=choice, command=command,
         facts={key: grounds.facts[key] for key in ("model", "data", "device", "versions", "budget")},
     )
 

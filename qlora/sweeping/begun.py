@@ -65,7 +65,8 @@ def look(recipe: Recipe, search: str, space: Space, seeds: tuple[int, ...], prog
     model = identity_of(base, weights=recipe.model.weights, config=config, precision=precision, revision=recipe.model.revision,
                         seed=0, device_name=device.torch_name)
     facts = {
-        "recipe": redact_values(recipe.model_dump(exclude_unset=True)), "search": search, "space": _plain(space), "seeds": list(seeds),
+        "recipe": redact_values(recipe.model_dump(exclude_unset=True)), "search": search, "space": _plain(space),
+        "seeds": list(seeds),
         "budget": own.memory.budget, "model": {"base": recipe.model.base, "source": model["source"], "config": model["config"]},
         "data": {"train": fingerprint(data.train), "held_out": fingerprint(data.validation), "num_train": len(data.train),
                  "num_held_out": len(data.validation)},
@@ -92,8 +93,8 @@ def go_on(grounds: Grounds, before: Mapping[str, Any], recipe: Recipe, progress:
         if before["model"] != now["model"]:
             changed.append(f"model.base: the files of {recipe.model.base} are not those that it was begun with")
         if before["versions"] != now["versions"] or before["device"] != now["device"]:
-            progress.note("Device or libraries are not those that this sweep was begun with: it goes on, but figures may differ in the "
-                          "last digits.")
+            progress.note("Device or libraries are not those that this sweep was begun with: it goes on, but figures may differ in "
+                          "the last digits.")
         budget = before["budget"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ResumeError(f"{STUDY} is damaged or of another version: {type(error).__name__}: {error}.",
@@ -127,7 +128,7 @@ def _budget_bytes(device: Device) -> int:
 
 def _plain(space: Space) -> dict[str, Any]:
     """As JSON gives it back."""
-    return {key: {"low": values.low, "high": values.high} if isinstance(values, Range) else list(values) for key, values in space.items()}
+    return {key: vars(values) if isinstance(values, Range) else list(values) for key, values in space.items()}
 
 
 def _said(value: Any) -> str:

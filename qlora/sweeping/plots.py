@@ -68,7 +68,8 @@ def _cost(axes: Axes, points: Sequence[Point]) -> bool:
     sizes = [point.parameters for point in points]
     memory = [max(run.measured_bytes for run in point.runs) / MIB for point in points]
     planned = [max(run.planned_bytes for run in point.runs) / MIB for point in points]
-    axes.plot(sizes, planned, linestyle="none", marker="s", markersize=8, markerfacecolor="none", color=_GREY, label="memory, planned")
+    axes.plot(sizes, planned, linestyle="none", marker="s", markersize=8, markerfacecolor="none", color=_GREY,
+              label="memory, planned")
     axes.plot(sizes, memory, linestyle="none", marker="o", markersize=5, color=_BLUE, label="memory, measured")
     axes.plot([], [], linestyle="none", marker="^", markersize=6, color=_ORANGE, label="time of a run")
     axes.set_xscale("log", base=2)
@@ -79,8 +80,9 @@ def _cost(axes: Axes, points: Sequence[Point]) -> bool:
     axes.set_ylim(0, 1.15 * max(*memory, *planned))
     right = axes.twinx()
     seconds = [[run.seconds for run in point.runs] for point in points]
-    right.plot(sizes, [sum(each) / len(each) for each in seconds], linestyle="none", marker="^", markersize=6, color=_ORANGE)
-    right.set_ylim(0, 1.15 * max(map(max, seconds)))
+    means = [sum(each) / len(each) for each in seconds]
+    right.plot(sizes, means, linestyle="none", marker="^", markersize=6, color=_ORANGE)
+    right.set_ylim(0, 1.15 * max(means))
     right.set_ylabel("seconds", fontsize=12, color=_INK)
     right.tick_params(labelsize=11, colors=_INK, length=0)
     for spine in right.spines.values():

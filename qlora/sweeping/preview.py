@@ -64,7 +64,8 @@ def preview(order: Order, progress: Progress | None = None) -> Preview:
     planned = []
     with progress.stage(f"Planning {len(values)} combinations") as update:
         for number, each in enumerate(values, 1):
-            planned.append(_plan(name_of(each, grounds.recipe), grounds.recipe.with_overrides(overrides_of(each, grounds.recipe))))
+            recipe = grounds.recipe.with_overrides(overrides_of(each, grounds.recipe))
+            planned.append(_plan(name_of(each, grounds.recipe), recipe))
             update(number, len(values))
     return Preview(order.search, most_points(order.search, order.space, order.num_trials), len(order.seeds), tuple(planned))
 

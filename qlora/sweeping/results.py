@@ -11,6 +11,8 @@ from typing import Any
 from qlora import guidance
 from qlora.results.facts import RunSummary
 
+DOES_NOT_FIT = "does not fit"
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -175,7 +177,7 @@ def summary_of(point: Point) -> dict[str, Any]:
     if not point.good:
         return {}
     runs = point.runs
-    matches = [(run.match_before, run.match_after) for run in runs if run.match_before is not None and run.match_after is not None]
+    matches = [(run.match_before, run.match_after) for run in runs if None not in (run.match_before, run.match_after)]
     before = statistics.fmean(run.loss_before for run in runs)
     return {
         "parameters": point.parameters, "planned_bytes": max(run.planned_bytes for run in runs),

@@ -88,7 +88,8 @@ def _step(best: Point, more: Point, key: str) -> tuple[Point, str, bool]:
     if not best.good:
         return more, f"{words}: {best.problem}", True
     found = guidance.gain_pays(best.losses, more.losses)
-    return (more if found.value else best), f"{words}: {found.reason}, {'which pays' if found.value else 'which does not pay'}.", found.value
+    said = "which pays" if found.value else "which does not pay"
+    return (more if found.value else best), f"{words}: {found.reason}, {said}.", found.value
 
 
 def _after(values: Any, value: Any) -> Any:

@@ -53,7 +53,8 @@ def guided_space(recipe: Recipe) -> Space:
     """
     fixed = {override.partition("=")[0].strip() for override in recipe.overrides}
     space: Space = {
-        "lora.r": guidance.SWEEP_RANKS, "lora.alpha": tuple(_times_r(guidance.ALPHA_POLICIES[name][0]) for name in guidance.SWEEP_POLICIES),
+        "lora.r": guidance.SWEEP_RANKS,
+        "lora.alpha": tuple(_times_r(guidance.ALPHA_POLICIES[name][0]) for name in guidance.SWEEP_POLICIES),
         "lora.targets": guidance.SWEEP_TARGETS,
     }
     space = {key: values for key, values in space.items() if key not in fixed}
@@ -86,8 +87,8 @@ def read_space(words: Sequence[str], recipe: Recipe, *, ranges: bool) -> Space:
         recipe.with_overrides(overrides_of(values, recipe))  # names every setting and value that is none
     num = math.prod(len(values) for values in space.values() if isinstance(values, tuple))
     if not ranges and num > _MOST_POINTS:
-        raise RecipeError(f"This grid has {num:,} combinations; it may have {_MOST_POINTS:,}.", "Leave some values out, or draw from "
-                          "them with --space and --trials.")
+        raise RecipeError(f"This grid has {num:,} combinations; it may have {_MOST_POINTS:,}.",
+                          "Leave some values out, or draw from them with --space and --trials.")
     return space
 
 
@@ -112,7 +113,8 @@ def _list(key: str, text: str) -> tuple[Any, ...]:
     """Values between commas; those inside brackets belong to a list."""
     parts = [part.strip() for part in re.split(r",(?![^\[]*\])", text)]
     if not all(parts):
-        raise RecipeError(f"{key}={text} has a value that is empty.", f"Write {key}={','.join(part for part in parts if part) or '8,16'}.")
+        raise RecipeError(f"{key}={text} has a value that is empty.",
+                          f"Write {key}={','.join(part for part in parts if part) or '8,16'}.")
     values = tuple(_value(part) for part in parts)
     if len(set(values)) < len(values):
         raise RecipeError(f"{key}={text} names a value twice.", "Write each once.")

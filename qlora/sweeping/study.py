@@ -45,7 +45,8 @@ class Study:
                               "Make the folder writable, or name another with --out.") from error
         except Exception as error:  # Optuna's reading of a damaged journal may end in any
             raise OutputError(f"{path} is damaged, or no record of a sweep: {type(error).__name__}: {str(error)[:200]}",
-                              "Name another folder with --out, or remove that file: the runs beside it are read again.") from error
+                              "Name another folder with --out, or remove that file: the runs beside it are read again."
+                              ) from error
 
     @property
     def facts(self) -> dict[str, Any] | None:
@@ -77,8 +78,8 @@ class Study:
         self._points.append(point)
 
     def propose(self, space: Space, number: int, num_known: int) -> Values:
-        """The point to try as the `number`-th, from the first `num_known` that were measured (fewer, where one was proposed twice). It
-        follows from the seed and from those, however often the program was started.
+        """The point to try as the `number`-th, from the first `num_known` that were measured (fewer, where one was proposed
+        twice). It follows from the seed and from those, however often the program was started.
 
         It is drawn in memory, so that the file never holds a point that is not finished.
         """
@@ -87,7 +88,14 @@ class Study:
         scratch = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=self._seed + number))
         scratch.add_trials(self._study.get_trials(deepcopy=False)[:num_known])
         asked = scratch.ask(_distributions(space))
-        return {key: asked.params[key] for key in space}
+        return {key: _short(asked.params[key], values) for key, values in space.items()}
+
+
+def _short(value: Any, values: tuple[Any, ...] | Range) -> Any:
+    """Three digits of a number that was drawn from a range: nobody can tell it from its neighbours, and it is easier to write."""
+    if not isinstance(values, Range) or values.whole:
+        return value
+    return min(max(float(f"{value:.3g}"), values.low), values.high)
 
 
 def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
@@ -104,8 +112,8 @@ def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribut
 
 
 def _mend(path: Path) -> None:
-    """A power cut can leave half a line at the end, and Optuna (5.0, storages/journal/_file.py) would write the next one behind it;
-    a process that was killed in the middle of writing leaves its lock.
+    """A power cut can leave half a line at the end, and Optuna (5.0, storages/journal/_file.py) would write the next one behind
+    it; a process that was killed in the middle of writing leaves its lock.
     """
     path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
     if not path.exists():

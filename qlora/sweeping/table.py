@@ -47,16 +47,16 @@ def about(result: SweepResult) -> list[str]:
     lines = [f"Loss is nats a token on {num_of(data['num_held_out'], 'held-out row')}, after training on "
              f"{num_of(data['num_train'], 'row')}; perplexity is exp of it."]
     if several:
-        lines.append(f"Means over {len(result.seeds)} seeds, ± the standard deviation. A seed also draws the rows that are held out "
-                     "(unless those are a file of their own), so rows of the table are compared seed by seed: the last column is the "
-                     "mean difference, ± two of its standard errors.")
+        lines.append(f"Means over {len(result.seeds)} seeds, ± the standard deviation. A seed also draws the rows that are held "
+                     "out (unless those are a file of their own), so rows of the table are compared seed by seed: the last column "
+                     "is the mean difference, ± two of its standard errors.")
     else:
         lines.append("One seed shows no spread: differences may be chance. --seeds 3 measures it.")
     if "lora.alpha" in result.keys and "train.learning_rate" not in result.keys:
         rates = {run.learning_rate for point in result.points for run in point.runs}
         if len(rates) > 1:
-            lines.append("train.learning_rate is auto and falls as alpha / r rises, so that their product stays; give it to compare "
-                         "alphas at one rate.")
+            lines.append("train.learning_rate is auto and falls as alpha / r rises, so that their product stays; give it to "
+                         "compare alphas at one rate.")
     return [*lines, "Memory is of tensors at their highest; time is of one run, all phases."]
 
 

@@ -15,7 +15,7 @@ from qlora.errors import DivergedError, DoesNotFitError, InterruptedRun, OutputE
 from qlora.progress import Progress
 from qlora.recipe import Recipe
 from qlora.sweeping.begun import TRIALS
-from qlora.sweeping.results import Figures, Point
+from qlora.sweeping.results import DOES_NOT_FIT, Figures, Point
 from qlora.sweeping.space import name_of, overrides_of, settings_of
 from qlora.units import format_bytes, format_seconds
 
@@ -44,14 +44,18 @@ class Trials:
     seconds: list[float] = field(default_factory=list)
 
     def run(self, values: Mapping[str, Any], num_points_left: int) -> Point:
-        """A point with every seed; what is on disk of it is not run again. One that does not fit or diverges has a problem, and its
-        other seeds are not run.
+        """A point with every seed; what is on disk of it is not run again. One that does not fit or diverges has a problem, and
+        its other seeds are not run.
 
         Raises:
             QloraError: what stops a run that could go on, such as a full disk or Ctrl-C.
         """
         name, settings = name_of(values, self.recipe), settings_of(values, self.recipe)
         runs: list[Figures] = []
+
+        def made(problem: str = "") -> Point:
+            return Point(name, dict(values), settings, tuple(runs), problem)
+
         for i, seed in enumerate(self.seeds):
             self.num_left = len(self.seeds) * (num_points_left + 1) - i
             folder = f"{TRIALS}/{name}-seed{seed}"
@@ -59,13 +63,13 @@ class Trials:
                 runs.append(self._figures(folder, self.recipe_of(values, seed, folder), seed))
             except DoesNotFitError as error:
                 needs = f"needs {format_bytes(error.needed_bytes)} of {format_bytes(error.budget_bytes)}"
-                return Point(name, dict(values), settings, tuple(runs), f"does not fit: {needs}")
+                return made(f"{DOES_NOT_FIT}: {needs}")
             except DivergedError as error:
-                return Point(name, dict(values), settings, tuple(runs), f"diverged with seed {seed}: {error.problem.splitlines()[0]}")
+                return made(f"diverged with seed {seed}: {_first_sentence(error.problem)}")
             self.num_done += 1
             if not math.isfinite(runs[-1].loss_after):
-                return Point(name, dict(values), settings, tuple(runs), f"with seed {seed} the held-out loss is not a finite number")
-        return Point(name, dict(values), settings, tuple(runs))
+                return made(f"with seed {seed} the held-out loss is not a finite number")
+        return made()
 
     def recipe_of(self, values: Mapping[str, Any], seed: int, folder: str) -> Recipe:
         """The recipe of one run, as `qlora train` would be given it."""
@@ -106,12 +110,13 @@ class Trials:
     def _time_left(self) -> str:
         if not self.seconds:
             return ""
-        return f", {'up to' if self.at_most else 'about'} {format_seconds(self.num_left * sum(self.seconds) / len(self.seconds))} left"
+        seconds = self.num_left * sum(self.seconds) / len(self.seconds)
+        return f", {'up to' if self.at_most else 'about'} {format_seconds(seconds)} left"
 
 
 class _Inside(Progress):
-    """What a run says while a sweep has the screen: its steps move the sweep's bar. Its plain lines are passed on for the first run
-    alone; those of all are in their reports.
+    """What a run says while a sweep has the screen: its steps move the sweep's bar. Its plain lines are passed on for the first
+    run alone; those of all are in their reports.
     """
 
     def __init__(self, outer: Progress | None, update: Callable[[int, int], None]):
@@ -129,6 +134,10 @@ class _Inside(Progress):
     def row(self, row: Mapping[str, Any]) -> None:
         if self._num_steps:
             self._update(row["step"], self._num_steps)
+
+
+def _first_sentence(text: str) -> str:
+    return text.split("\n")[0].split(". ")[0].rstrip(".")
 
 
 def _refuse_another(folder: Path, recipe: Recipe) -> None:

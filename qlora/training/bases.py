@@ -36,6 +36,7 @@ class Bases:
         self.num_loads = 0
         self._key: tuple[Any, ...] | None = None
         self._kept: Base | None = None
+        self._alone: tuple[Any, ...] | None = None
 
     def take(self, setup: Setup, progress: Progress) -> Base | None:
         """The base of a run, ready for adapters; None where it cannot be shared, and the run loads its own.
@@ -51,10 +52,10 @@ class Bases:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         order = order_of(setup)
-        if not _stays_whole(order):
+        key = _key(order)
+        if not _stays_whole(order) or key == self._alone:
             self.let_go()
             return None
-        key = _key(order)
         if self._kept is None or key != self._key:
             if self._kept is not None:
                 progress.note("The base is loaded again: this run wants it in another way than the one before.")
@@ -64,6 +65,7 @@ class Bases:
             self.num_loads += 1
         shared = share(self._kept.model, order)
         if shared is None:
+            self._alone = key  # not to be loaded here again for nothing
             self.let_go()
             return None
         return replace(self._kept, model=shared, tensor_bytes=tensor_bytes(self._kept.model))

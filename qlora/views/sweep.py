@@ -34,18 +34,20 @@ def sweep_view(result: SweepResult, width: int = 80) -> RenderableType:
 
 def preview_view(found: Preview) -> RenderableType:
     """What would be tried."""
-    made = make_table("planned", "trained", "needs", "of", "", "training, one seed", right=("trained", "needs", "of", "training, one seed"))
+    figures = ("trained", "needs", "of", "training, one seed")
+    made = make_table("planned", *figures[:3], "", figures[3], right=figures)
     for point in found.points:
         made.add_row(point.name, format_count(point.parameters), format_bytes(point.peak_bytes), format_bytes(point.budget_bytes),
                      "fits" if point.fits else "does not fit", format_seconds(point.seconds) if point.seconds is not None else "")
     exact = found.search == "grid"
-    lines = [f"{'' if exact else 'Up to '}{num_of(found.num_points, 'combination')}, each with {num_of(found.num_seeds, 'seed')}: "
-             f"{num_of(found.num_points * found.num_seeds, 'run')}."]
+    lines = [f"{'' if exact else 'Up to '}{num_of(found.num_points, 'combination')}, each with "
+             f"{num_of(found.num_seeds, 'seed')}: {num_of(found.num_points * found.num_seeds, 'run')}."]
     if found.seconds is not None:
-        lines.append(f"About {format_seconds(found.seconds)} of training at most, by estimate; loading and evaluating come on top.")
+        lines.append(f"About {format_seconds(found.seconds)} of training at most, by estimate; loading and evaluating come on "
+                     "top.")
     if found.search == "guided":
-        lines.append("Ranks are doubled as long as that pays; alpha and targets are then tried at the rank that was found. Planned here "
-                     "is the highest one.")
+        lines.append("Ranks are doubled as long as that pays; alpha and targets are then tried at the rank that was found. Planned "
+                     "here is the highest one.")
     elif found.search == "tpe":
         lines.append("Planned here is the combination with the highest values.")
     return Group(heading("What this sweep would try"), made, *(Text(line) for line in lines))

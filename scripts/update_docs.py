@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Write the tables of recipes/README.md: the recipes from their headers, the settings from qlora/settings.py.
+"""Write the tables of recipes/README.md: the recipes from their headers, what they take from scripts/evidence, the settings from
+qlora/settings.py.
 
-Run it after a recipe or a setting has changed: `python scripts/update_docs.py`. With `--check` nothing is written, and
-the exit code is 1 where a table is out of date.
+Run it after a recipe, its evidence (scripts/recipe_evidence.py) or a setting has changed: `python scripts/update_docs.py`. With
+`--check` nothing is written, and the exit code is 1 where a table is out of date.
 """
 
 from __future__ import annotations
@@ -10,10 +11,16 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from recipe_evidence import PLANNED, RUN, lines_of
+
 from qlora.settings import describe_settings
+from qlora.units import format_bytes
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 README = RECIPES / "README.md"
@@ -37,16 +44,46 @@ def header(path: Path) -> dict[str, str]:
 def recipes_table() -> str:
     """One row per recipe, the smallest card first."""
     rows = []
-    for path in sorted(RECIPES.glob("*.yaml")):
-        parts = header(path)
-        size = re.search(r"\d+ GB", parts.get("Card", ""))
-        card = size[0] if size else "none"
+    for path in recipes():
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
         base = model if isinstance(model, str) else model["base"]
-        cells = f"[{path.name}]({path.name})", base, card, parts["title"].rstrip(".")
-        rows.append((int(card.split()[0]) if size else 0, cells))
-    rows.sort(key=lambda row: row[0])
-    return _table(("recipe", "model", "card", "what for"), [cells for _, cells in rows])
+        card = f"{gigabytes} GB" if (gigabytes := card_gigabytes(path)) else "none"
+        rows.append((f"[{path.name}]({path.name})", base, card, header(path)["title"].rstrip(".")))
+    return _table(("recipe", "model", "card", "what for"), rows)
+
+
+def recipes() -> list[Path]:
+    """The recipes here, the smallest card first."""
+    return sorted(sorted(RECIPES.glob("*.yaml")), key=lambda path: card_gigabytes(path) or 0)
+
+
+def card_gigabytes(path: Path) -> int | None:
+    """The card that a recipe's header names; None for a recipe that needs none."""
+    size = re.search(r"(\d+) GB", header(path).get("Card", ""))
+    return int(size[1]) if size else None
+
+
+def evidence_table() -> str:
+    """One row per recipe: what is planned, and what was measured where it has been run."""
+    planned, run = lines_of(PLANNED), lines_of(RUN)
+    titles = ("recipe", "rows of", "planned, of the budget", "measured, of tensors", "on", "tokens/s", "loss on held-out rows")
+    return _table(titles, [_evidence(path.name, planned.get(path.name), run.get(path.name)) for path in recipes()])
+
+
+def _evidence(name: str, plan: dict[str, Any] | None, run: dict[str, Any] | None) -> tuple[str, ...]:
+    length = (run or plan or {}).get("max_length")
+    rows = f"{length:,} tokens" if length else ""
+    promised = f"{format_bytes(plan['peak_bytes'])} of {format_bytes(plan['budget_bytes'])}" if plan else "not planned"
+    if plan and not plan["fits"]:
+        promised += ", does not fit"
+    if run is None:
+        return (f"[{name}]({name})", rows, promised, "not yet measured", "", "", "")
+    error = 100 * (run["planned_bytes"] / run["measured_bytes"] - 1)
+    loss = "weights were random" if run["random_weights"] else ""
+    if run["loss"]:
+        loss = f"{run['loss'][0]:.3f} to {run['loss'][1]:.3f}"
+    return (f"[{name}]({name})", rows, promised, f"{format_bytes(run['measured_bytes'])} (plan {error:+.1f} %)", run["device"],
+            f"{run['tokens_per_second']:,.0f}", loss)
 
 
 def settings_table() -> str:
@@ -64,7 +101,7 @@ def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def updated(text: str) -> str:
     """`text` with the lines between each pair of markers replaced."""
-    for name, table in (("recipes", recipes_table()), ("settings", settings_table())):
+    for name, table in (("recipes", recipes_table()), ("evidence", evidence_table()), ("settings", settings_table())):
         start, end = f"<!-- {name}: written by scripts/update_docs.py -->", f"<!-- end of {name} -->"
         before, found_start, rest = text.partition(start)
         _, found_end, after = rest.partition(end)

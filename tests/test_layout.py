@@ -17,7 +17,7 @@ LEVELS = [
     ["architecture", "generation"],
     ["model", "engine"],
     ["planning"],
-    ["results", "hub", "training", "merging", "adapted", "chatting", "comparing"],
+    ["results", "hub", "training", "merging", "exporting", "adapted", "chatting", "comparing", "sweeping", "measuring"],
     ["console", "views", "arguments", "plan_words"],
     ["cli"],
     ["__init__", "__main__"],

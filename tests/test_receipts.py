@@ -175,14 +175,17 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
 
 
 def test_other_peoples_receipts_count_for_the_same_card(tmp_path):
-    theirs = Receipts(path=tmp_path / "theirs.jsonl")
-    for _ in range(6):
-        theirs.add(receipt(0.1))
     ours = Receipts(path=tmp_path / "ours.jsonl")
-    assert ours.add_file(theirs.path) == 6 and ours.margin(device()).share == pytest.approx(0.1, abs=1e-6)
-    assert not ours.path.exists()
-    with pytest.raises(OutputError, match="no file"):
-        ours.add_file(tmp_path / "missing.jsonl")
+    ours.add(receipt(0.0, tokens_per_second=100, flops_per_token=1e9))
+    theirs = [receipt(0.1, key=str(number), tokens_per_second=900, flops_per_token=1e9) for number in range(6)]
+    assert ours.adopt([*theirs, theirs[0]], "theirs.jsonl") == 6
+    assert ours.adopt(theirs, "again.jsonl") == ours.adopt(list(ours), "ours.jsonl") == 0
+    for found in (ours, Receipts.load(ours.path)):
+        assert [r.origin for r in found] == ["theirs.jsonl"] * 6 + [""]  # our own are the latest
+        assert found.margin(device()).share == pytest.approx(0.1, abs=1e-6)
+    assert Receipts(theirs).margin(device(name="another")).share == 0.02
+    with pytest.raises(OutputError, match="cannot be written"):
+        Receipts(path=ours.path / "r.jsonl").adopt(theirs, "theirs.jsonl")
 
 
 # --- speed and context ----------------------------------------------------------------------------------------------------

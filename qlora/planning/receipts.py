@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Receipt:
         num_retries: how often the allocator gave blocks back to go on.
         flops_per_token: see `qlora.planning.speed`; makes speeds of different models comparable.
         key: the planning key, equal for equal plans.
+        origin: the file that it came from, where it was measured by somebody else; see `Receipts.adopt`.
     """
 
     device: str
@@ -74,6 +75,7 @@ class Receipt:
     tokens_per_second: float | None = None
     flops_per_token: float | None = None
     key: str = ""
+    origin: str = ""
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     @property
@@ -112,7 +114,7 @@ class Margin:
 
 
 class Receipts:
-    """The receipts that were found, in the order in which they were written.
+    """The receipts that were found, in the order in which they were written; other people's before our own, which are the latest.
 
     Attributes:
         path: where `add` writes.
@@ -120,7 +122,7 @@ class Receipts:
 
     def __init__(self, receipts: Iterable[Receipt] = (), path: Path | None = None):
         self.path = path or default_path()
-        self._receipts = list(receipts)
+        self._receipts = sorted(receipts, key=lambda receipt: not receipt.origin)
 
     @classmethod
     def load(cls, *paths: Path | str) -> Receipts:
@@ -134,20 +136,24 @@ class Receipts:
     def __iter__(self) -> Any:
         return iter(self._receipts)
 
-    def add_file(self, path: Path | str) -> int:
-        """Count other people's receipts too, for cards that they have in common with this machine.
+    def adopt(self, receipts: Iterable[Receipt], origin: str) -> int:
+        """Count other people's receipts too, for cards that they have in common with this machine, from now on.
+
+        Args:
+            origin: where they came from; goes into each.
 
         Returns:
-            How many there were.
+            How many of them were not there yet.
 
         Raises:
-            OutputError: no such file.
+            OutputError: the file cannot be written.
         """
-        if not Path(path).is_file():
-            raise OutputError(f"There is no file of receipts at {path}.", "Name a receipts.jsonl.")
-        found = _read(Path(path))
-        self._receipts[:0] = found  # before our own, which are the latest
-        return len(found)
+        known = {_content(receipt) for receipt in self._receipts}
+        new = {content: receipt for receipt in receipts if (content := _content(receipt)) not in known}
+        for receipt in new.values():
+            self.add(replace(receipt, origin=origin))
+        self._receipts.sort(key=lambda receipt: not receipt.origin)
+        return len(new)
 
     def add(self, receipt: Receipt) -> None:
         """Keep a receipt, here and on disk. Runs that end at the same moment do not harm each other.
@@ -236,6 +242,17 @@ def default_path() -> Path:
     return cache_home() / "receipts.jsonl"
 
 
+def parse_receipt(values: Any) -> Receipt | None:
+    """A receipt of plain values, such as a line of the file holds; None for what is none, or not a sound one."""
+    names = {entry.name for entry in fields(Receipt)}
+    try:
+        known = {name: value for name, value in values.items() if name in names}
+        receipt = Receipt(**{**known, "capability": tuple(known["capability"]) if known.get("capability") else None})
+    except (AttributeError, TypeError, KeyError):
+        return None
+    return receipt if _is_sound(receipt) else None
+
+
 # --- details ----------------------------------------------------------------------------------------------------------
 
 
@@ -279,13 +296,15 @@ def _read(path: Path) -> list[Receipt]:
 
 
 def _parse(line: str) -> Receipt | None:
-    names = {entry.name for entry in fields(Receipt)}
     try:
-        values = {name: value for name, value in json.loads(line).items() if name in names}
-        receipt = Receipt(**{**values, "capability": tuple(values["capability"]) if values.get("capability") else None})
-    except (ValueError, AttributeError, TypeError, KeyError):
+        return parse_receipt(json.loads(line))
+    except (ValueError, RecursionError):
         return None
-    return receipt if _is_sound(receipt) else None
+
+
+def _content(receipt: Receipt) -> str:
+    """What two receipts of the same run have in common, wherever they were found."""
+    return json.dumps({**asdict(receipt), "origin": ""}, sort_keys=True, default=str)
 
 
 def _is_sound(receipt: Receipt) -> bool:
@@ -294,6 +313,7 @@ def _is_sound(receipt: Receipt) -> bool:
     return (
         receipt.kind in _PRIORS
         and isinstance(receipt.device, str)
+        and isinstance(receipt.origin, str)
         and all(isinstance(entry, Mapping) for entry in [*sizes, receipt.versions, receipt.settings])
         and all(_is_positive(size) for entry in sizes for size in entry.values())
         and all(value is None or _is_positive(value) for value in (receipt.tokens_per_second, receipt.flops_per_token))

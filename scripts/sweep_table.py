@@ -44,7 +44,7 @@ CASES = {
     "gsm8k": Case("stories260K on 96 short rows of GSM8K, three epochs; held out are 40 rows of its test set",
                   ("lora.r=4,8,16,32", "lora.alpha=r,2r,4r")),
     "few": Case("stories260K on 16 rows of GSM8K, 30 epochs, the last weights kept: does a large rank learn few rows by heart?",
-                ("lora.r=4,16,64", "lora.alpha=r")),
+                ("lora.r=4,16,64", "lora.alpha=r,16")),
 }
 
 

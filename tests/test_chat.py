@@ -467,6 +467,7 @@ def test_what_stops_the_verb_is_said_before_anything_is_loaded(folders, tmp_path
         assert code == 2 and told in found.err and "Traceback" not in found.err and found.out == "", (words, found.err)
 
 
+@pytest.mark.long
 def test_on_a_terminal(folders):
     """The whole of it, as somebody types it: completion, the dim line after an answer, Ctrl-D."""
     master, slave = pty.openpty()

@@ -493,6 +493,7 @@ def test_sources_that_are_none_are_refused(run, folders, rows, tmp_path, capsys)
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_plan_follows_what_there_is(run, tmp_path):
     """Less memory means fewer rows at once, and in the end a refusal with the numbers; longer rows need more."""
     from qlora.hardware import find_device

@@ -290,6 +290,7 @@ def test_adapters_that_never_move(shop, folder):
     assert found.rows[-1]["advice"]["override"] == f"train.learning_rate={LEARNING_RATE_BAND[0]:g}"
 
 
+@pytest.mark.long
 def test_adapters_that_no_gradient_reaches(shop, folder):
     """An MLP whose output is multiplied by nothing, as a pruned one."""
     def prune(model):

@@ -123,6 +123,7 @@ def test_the_trial_finds_the_rung_on_which_the_run_fits(recipe, monkeypatch):
     assert any("tried out" in note for note in notes)
 
 
+@pytest.mark.long
 def test_when_nothing_smaller_is_left_the_numbers_are_told(recipe, monkeypatch, tmp_path):
     fail_when(monkeypatch, lambda trainer, inputs, count: True)
     with pytest.raises(HardwareError) as caught:

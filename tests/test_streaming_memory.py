@@ -73,6 +73,7 @@ def test_a_plan_is_true(model, rows, tmp_path, monkeypatch, case):
     assert meter.allocated["eval"] <= 1.005 * planned["eval"], (planned, meter.allocated)
 
 
+@pytest.mark.long
 def test_a_base_that_cannot_be_kept_is_loaded_all_the_same(model, rows, tmp_path, monkeypatch):
     """Unless a person has asked for it, or its layers are to be streamed."""
     notes = []

@@ -66,6 +66,7 @@ def test_a_card_is_filled(plan_for):
     assert 0 < plan.settings["memory.resident_layers"] < 32 and free < 1.1 * layer
 
 
+@pytest.mark.long
 def test_what_fits_is_not_streamed(plan_for):
     device = host(device_from_card(None, 12 * GIB), 64)
     plain = plan_for("Qwen/Qwen3-0.6B", device)

@@ -225,7 +225,7 @@ def test_the_8_bit_optimizer_takes_its_copies(dtype, shape):
     (2048, 2048, 16), (1000, 1000, 1024), (300, 320, 77), (600, 4096, 128), (8, 24, 16),
 ])
 @pytest.mark.parametrize("a_transposed", [False, True])
-@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("threads", [1, *in_long(2, 4)])
 def test_16_bit_products_take_at_most_what_is_planned(rows, inner, columns, a_transposed, threads):
     """oneDNN's blocks depend on the processor: on another one than those of the table they may be fewer."""
     torch.set_num_threads(threads)

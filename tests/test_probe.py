@@ -132,6 +132,7 @@ def test_when_nothing_smaller_is_left_the_numbers_are_told(recipe, monkeypatch, 
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+@pytest.mark.long
 def test_evaluation_that_runs_out_does_not_touch_training(recipe, monkeypatch):
     shapes, plain = [], AdapterTrainer.compute_loss
 

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 def prepare_environment() -> None:
     """Settings that count only before the libraries are imported; a value that the user has set stays.
 
-    - OMP_WAIT_POLICY: torch and bitsandbytes each bring an OpenMP pool, and idle threads of one spin against the other
-      (seen with torch 2.13 and bitsandbytes 0.50.2). Goes when bitsandbytes links the pool that torch ships.
+    - GOMP_SPINCOUNT: threads that wait for work spin for a fraction of a millisecond, which is longer than it is from one operator
+      of a training step to the next, and sleep then. Ones that sleep at once (OMP_WAIT_POLICY=PASSIVE) take a fifth of the tokens
+      a second, since each operator has to wake them; ones that spin for as long as libgomp lets them, hundreds of
+      milliseconds, spin against other programs, and against bitsandbytes' pool where that is not torch's (scripts/compare).
     - TOKENIZERS_PARALLELISM: silences the warning about forks; rows are tokenised before any worker starts.
     - PYTORCH_ALLOC_CONF: segments that grow, so that little of a small card is lost between blocks; torch has them off. Not on
       Windows and WSL, where they are missing or slow. The plan simulates what is set here (`expandable_segments`).
@@ -42,7 +44,8 @@ def prepare_environment() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -226,8 +226,8 @@ class MemorySection(Section):
         "taken where they are asked for.", "auto, resident, streamed, int8 or nf4",
     )
     loss_chunk: str = _setting(
-        "auto", "Logits that exist at once in the project's own chunked loss. auto and none = TRL's loss, unless memory asks for "
-        "less.", 'auto, none or a size such as "64MiB"',
+        "auto", "Logits that exist at once in the project's own chunked loss; none = TRL's loss. auto = TRL's on a GPU, unless memory "
+        "asks for less; on a CPU 128MiB, which is faster.", 'auto, none or a size such as "64MiB"',
     )
     offload_activations: _AutoBool = _setting(
         "auto", "Hidden states between layers wait in RAM. Exact, and slower by little. auto = only where memory asks for it.",
@@ -239,7 +239,7 @@ class MemorySection(Section):
     )
     fused_lora: _AutoBool = _setting(
         "auto", "Backward pass of adapted projections and MLPs written by hand: about half the activations; rounds differently "
-        "from PEFT. auto = only where memory asks for it.", "auto, true or false",
+        "from PEFT. auto = on a GPU only where memory asks for it; on a CPU, where it is faster, always.", "auto, true or false",
     )
     mlp_tile: _Auto | Literal["none"] | _PositiveInt = _setting(
         "auto", "Tokens that go through an MLP at once; fewer = less memory, more time. auto = all, unless memory asks for less.",

@@ -130,6 +130,15 @@ def test_goals_hold_ours_against_the_fastest_plain_setting(work):
     assert goals([mine]) == [] == goals([slow])
 
 
+def test_a_start_is_compared_with_and_without_imports(work):
+    """Libraries take most of a quick start, and the same for all."""
+    peer = row("peer", PLAIN, work, steps(1.0, 1.0), imported=4.0, built=14.0)
+    mine = row("mine", OURS, work, steps(1.0, 1.0), imported=4.0, built=6.0, stages={"Loading the base": 1.0, "Waiting": 0.01})
+    line = goals([mine, peer])[-1]
+    assert "6.0 s; the plain stack after 14.0 s (2.3 times as long); without imports 2.0 s and 10.0 s (5.0 times as long)" in line
+    assert line.endswith("Of ours: Loading the base 1.0.")
+
+
 def test_the_plot_leaves_out_who_has_no_speed(work, tmp_path):
     gone = row_of(Contender("gone", "gone", PLAIN), work, {"why_not": "x"})
     rows = compare_rows([row("mine", OURS, work, steps(1.0, 1.0)), gone])
@@ -277,13 +286,13 @@ def test_a_real_comparison_of_a_small_model(root, tmp_path):
                 vocab_size=512, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "small")
     out = tmp_path / "compared.json"
     done = subprocess.run(
-        [sys.executable, str(root / "scripts" / "compare"), "--model", str(tmp_path / "small"), "--only", "qlora", "qlora-fast",
+        [sys.executable, str(root / "scripts" / "compare"), "--model", str(tmp_path / "small"), "--only", "qlora", "qlora-unfused",
          "plain", "plain-logits", "unsloth", "--blocks", "2", "--steps", "3", "--length", "32", "--out", str(out),
          "--plot", str(tmp_path / "bars.png")], capture_output=True, text=True, timeout=500,
     )
     assert done.returncode == 0, done.stderr
     rows = {each["name"]: each for each in next(iter(json.loads(out.read_text())["models"].values()))["rows"]}
-    for name in ("qlora", "qlora-fast", "plain", "plain-logits"):
+    for name in ("qlora", "qlora-unfused", "plain", "plain-logits"):
         figures = rows[name]
         assert "why_not" not in figures, figures["why_not"]
         assert figures["curves"]["agree"] and figures["curves"]["num_steps"] == 7 and len(set(figures["losses"])) > 3

@@ -53,6 +53,11 @@ _ENGINE = {
     "mlp_tile": "the inner activations of an MLP do not fit for all tokens at once",
     "loss_chunk": "fewer logits at once than TRL's tiles",
 }
+# On a CPU these two are always taken.
+_ON_CPU = {
+    "fused_lora": "on a CPU faster than PEFT's backward pass, and keeps about half",
+    "loss_chunk": "on a CPU two products with the head a step, where TRL's loss takes three",
+}
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,7 @@ def choose(recipe: Recipe, facts: Facts, found: Found, batch: Choice) -> tuple[d
 def _placed(recipe: Recipe, facts: Facts, placement: Placement) -> dict[str, Decision]:
     """What the memory engine does, setting by setting."""
     plain = Placement().to_settings(facts.num_layers)
+    why = _ENGINE | _ON_CPU if facts.device.kind == "cpu" else _ENGINE
     decisions = {}
     for key, value in placement.to_settings(facts.num_layers).items():
         name = key.partition(".")[2]
@@ -184,7 +190,7 @@ def _placed(recipe: Recipe, facts: Facts, placement: Placement) -> dict[str, Dec
         elif value == plain[key]:
             decisions[key] = Decision(value, "default", _PLAIN[name].format(layers=facts.num_layers))
         else:
-            decisions[key] = Decision(value, "derived", _ENGINE[name])
+            decisions[key] = Decision(value, "derived", why[name])
     if placement.streams and not recipe.is_given("train.sample_rows"):
         decisions["train.sample_rows"] = Decision(0, "derived", "each token of an answer would take every layer to the device once more")
     if recipe.memory.cache_base == "auto":

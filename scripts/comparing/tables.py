@@ -83,14 +83,23 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[str]:
             memory = _memory_words(mine, best)
             times = mine["tokens_per_second"] / best["tokens_per_second"]
             lines.append(f"{mine['name']}: {times:.2f} times the tokens/s of the best of {words} ({best['name']}){memory}.")
-    starts = [row["start_seconds"] for row in peers if row["kind"] == "trl" and row["start_seconds"]]
+    started = [row for row in peers if row["kind"] == "trl" and row["start_seconds"]]
     mine = next((row for row in ours if row["start_seconds"]), None)
-    if starts and mine:
-        stages = ", ".join(f"{text} {seconds:.1f}" for text, seconds in mine["stages"].items() if seconds >= 0.05)
-        seconds = mine["start_seconds"]
-        lines.append(f"Ready to train on a kept base after {seconds:.1f} s; the plain stack after {min(starts):.1f} s "
-                     f"({min(starts) / seconds:.1f} times as long){f'. Of ours: {stages}' if stages else ''}.")
+    if started and mine:
+        lines.append(_start_words(mine, min(started, key=lambda row: row["start_seconds"])))
     return lines
+
+
+def _start_words(mine: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+    """How soon each is ready to train, with and without the imports of libraries, which nobody can leave out."""
+    stages = ", ".join(f"{text} {seconds:.1f}" for text, seconds in mine["stages"].items() if seconds >= 0.05)
+    seconds, others = mine["start_seconds"], best["start_seconds"]
+    words = (f"Ready to train on a kept base after {seconds:.1f} s; the plain stack after {others:.1f} s "
+             f"({others / seconds:.1f} times as long)")
+    if mine["import_seconds"] and best["import_seconds"]:
+        work, their_work = seconds - mine["import_seconds"], others - best["import_seconds"]
+        words += f"; without imports {work:.1f} s and {their_work:.1f} s ({their_work / work:.1f} times as long)"
+    return f"{words}. Of ours: {stages}." if stages else f"{words}."
 
 
 def _memory_words(mine: Mapping[str, Any], best: Mapping[str, Any]) -> str:

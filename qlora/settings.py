@@ -239,7 +239,7 @@ class MemorySection(Section):
     )
     fused_lora: _AutoBool = _setting(
         "auto", "Backward pass of adapted projections and MLPs written by hand: about half the activations; rounds differently "
-        "from PEFT. auto = on a GPU only where memory asks for it; on a CPU, where it is faster, always.", "auto, true or false",
+        "from PEFT. auto = only where memory asks for it.", "auto, true or false",
     )
     mlp_tile: _Auto | Literal["none"] | _PositiveInt = _setting(
         "auto", "Tokens that go through an MLP at once; fewer = less memory, more time. auto = all, unless memory asks for less.",

@@ -3,7 +3,7 @@
 
     python scripts/profile_step.py                                          Qwen3-0.6B as this project trains it, 2 x 256 tokens
     python scripts/profile_step.py plain-logits --model HuggingFaceTB/SmolLM2-135M
-    python scripts/profile_step.py qlora-unfused --ops 30                   the single operators as well
+    python scripts/profile_step.py qlora-fused --ops 30                     the single operators as well
 
 Two steps warm up, and one is looked at with torch's profiler. Every operator counts for the time in itself, so the shares add up;
 what is left is Python, autograd and the libraries around the operators. The work is that of scripts/compare: random weights, the

@@ -163,6 +163,28 @@ def test_contenders_have_names_of_their_own_and_ours_comes_first():
     assert all(each.tried is (each.is_ours or each.is_plain) for each in CONTENDERS)
 
 
+def test_our_own_variants_take_part_where_they_are_named(compare):
+    usual = [each.name for each in compare._chosen([])]
+    assert "qlora" in usual and "plain-fast" in usual and "qlora-fused" not in usual
+    assert [each.name for each in compare._chosen(["qlora-fused"])] == ["qlora-fused"]
+
+
+def test_tables_are_written_between_their_markers(compare, tmp_path, monkeypatch, capsys):
+    row = {"name": "a", "tried_here": True, "why_not": "not installed", "kind": "unsloth"}
+    document = {"device": "d", "threads": 2, "date": "2026-01-02T03", "command": "scripts/compare", "models": {
+        "m": {"work": {"rank": 16, "micro_batch": 2, "length": 8}, "load": 0.1, "rows": [row], "goals": []}}}
+    (tmp_path / "found.json").write_text(json.dumps(document))
+    readme = tmp_path / "README.md"
+    monkeypatch.setattr(compare, "_README", readme)
+    readme.write_text(f"before\n{compare._START}\nold\n{compare._END}\nafter\n")
+    assert compare.main(["--table", str(tmp_path / "found.json"), "--write"]) == 0
+    assert "| a | not installed |" in readme.read_text() and "old" not in readme.read_text()
+    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("after\n")
+    readme.write_text("no markers")
+    assert compare.main(["--table", str(tmp_path / "found.json"), "--write"]) == 2
+    assert "lacks the markers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words, says", [
     (["--only", "nobody"], "There is no contender 'nobody'"), (["--table", "absent.json"], "absent.json cannot be read"),
     (["--out", "absent/x.json"], "There is no folder"),
@@ -286,13 +308,13 @@ def test_a_real_comparison_of_a_small_model(root, tmp_path):
                 vocab_size=512, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "small")
     out = tmp_path / "compared.json"
     done = subprocess.run(
-        [sys.executable, str(root / "scripts" / "compare"), "--model", str(tmp_path / "small"), "--only", "qlora", "qlora-unfused",
+        [sys.executable, str(root / "scripts" / "compare"), "--model", str(tmp_path / "small"), "--only", "qlora", "qlora-fused",
          "plain", "plain-logits", "unsloth", "--blocks", "2", "--steps", "3", "--length", "32", "--out", str(out),
          "--plot", str(tmp_path / "bars.png")], capture_output=True, text=True, timeout=500,
     )
     assert done.returncode == 0, done.stderr
     rows = {each["name"]: each for each in next(iter(json.loads(out.read_text())["models"].values()))["rows"]}
-    for name in ("qlora", "qlora-unfused", "plain", "plain-logits"):
+    for name in ("qlora", "qlora-fused", "plain", "plain-logits"):
         figures = rows[name]
         assert "why_not" not in figures, figures["why_not"]
         assert figures["curves"]["agree"] and figures["curves"]["num_steps"] == 7 and len(set(figures["losses"])) > 3

@@ -25,6 +25,7 @@ def test_the_quickstart_teaches_what_the_base_could_not_do(root, tmp_path):
     assert len(held_out) == 3
 
 
+@pytest.mark.long
 def test_a_real_pretrained_model_learns_real_maths_text(root, shared, tmp_path):
     """stories260K on GSM8K, 64 steps: a sketch of the same run, with batches twice as large, came from 5.10 to 2.74."""
     report, _ = train(

@@ -11,7 +11,7 @@ from qlora.training.planner import plan_model
 from qlora.units import GIB
 
 SIZES = [("meta-llama/Llama-3.1-8B", 4), pytest.param("Qwen/Qwen3-32B", 8, marks=pytest.mark.long),
-         ("meta-llama/Llama-3.3-70B-Instruct", 24)]
+         pytest.param("meta-llama/Llama-3.3-70B-Instruct", 24, marks=pytest.mark.long)]
 
 
 def host(device, ram_gib):

@@ -178,6 +178,7 @@ def test_more_tokens_than_embeddings_are_told(runs, tmp_path):
 # --- from the Hub ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_chat_and_eval_from_the_hub_do_as_from_the_folder(pushed, adapted, rows, small_model, tmp_path):
     home = tmp_path / "home"
     code, answers, told = qlora(pushed, home, "chat", f"{ID}@main", "--base", small_model, "--device", "cpu", "--max-tokens", 8,

@@ -53,11 +53,7 @@ _ENGINE = {
     "mlp_tile": "the inner activations of an MLP do not fit for all tokens at once",
     "loss_chunk": "fewer logits at once than TRL's tiles",
 }
-# On a CPU these two are always taken.
-_ON_CPU = {
-    "fused_lora": "on a CPU faster than PEFT's backward pass, and keeps about half",
-    "loss_chunk": "on a CPU two products with the head a step, where TRL's loss takes three",
-}
+_ON_CPU = {"loss_chunk": "on a CPU two products with the head a step, where TRL's loss takes three"}  # always taken there
 
 
 @dataclass(frozen=True)

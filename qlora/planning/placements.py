@@ -38,9 +38,9 @@ def placements_for(
     _refuse_contradictions(recipe, num_layers, streamable, scaled_loss)
     host_table = {} if tied_embeddings else {"embedding_device": "host"}
     offload = {"offload_activations": on_gpu}
-    # On a CPU these are faster too: TRL's loss takes three products with the head there, one of them in fp32, where ours takes two in
-    # 16 bits, and what the fused backward pass does not keep need not be written (scripts/compare, scripts/profile_step.py).
-    start = Placement() if on_gpu else Placement(fused_lora=True, loss_chunk_bytes=_LOSS_CHUNK)
+    # On a CPU our loss is faster too: TRL's takes three products with the head there, one of them in fp32, and ours two in 16 bits
+    # (scripts/compare, scripts/profile_step.py).
+    start = Placement() if on_gpu else Placement(loss_chunk_bytes=_LOSS_CHUNK)
     fused = replace(start, fused_lora=True)
     thrifty = replace(fused, loss_chunk_bytes=_LOSS_CHUNK, **offload)
     found = [start, fused, thrifty, replace(thrifty, **host_table)]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 NUM_STEPS = 2  # optimizer state is there from the second on
 _NUM_MICRO_BATCHES = 2  # gradients are there from the second on
-_WRITTEN_TOKENS = 2  # the prompt is made longer by the rest of an answer, instead of writing it word by word
+WRITTEN_TOKENS = 2  # the prompt is made longer by the rest of an answer, instead of writing it word by word
 
 
 class Meter(Protocol):
@@ -162,7 +162,7 @@ def answer_tokens(setup: Setup) -> int:
 def _generate(setup: Setup, model: PeftModel, tell: Callable[[str], None]) -> None:
     """A batch of the longest prompts, each as long as it is when its answer is almost written."""
     num_new = answer_tokens(setup)
-    written = min(_WRITTEN_TOKENS, num_new)
+    written = min(WRITTEN_TOKENS, num_new)
     prompts = sorted((sample.prompt_ids for sample in setup.data.samples), key=len, reverse=True)
     length = len(prompts[0])
 

@@ -35,6 +35,7 @@ from qlora.precision import Precision, torch_dtype
 from qlora.training.meta_tensors import (
     ON_HOST, PAGED, hold_workspaces, lengthen, mark_loss, number, on_device, prompt, stream_on_meta, temporaries, track_weights,
 )
+from qlora.training.probe import WRITTEN_TOKENS
 from qlora.training.trainer import AdapterTrainer, as_dataset, build_trainer
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Batches:
         generation_tokens: prompts and answers of one batch of generation.
         prompt_tokens, answer_tokens: of the longest prompt, None where it may be as long as a row, and of an answer at most.
         num_answers: that are written at all; None is any number.
+        tried_out: the run begins with a trial, in which the rest of an answer is read with its prompt; see `qlora.training.probe`.
     """
 
     micro_batch: int
@@ -74,6 +76,7 @@ class Batches:
     prompt_tokens: int | None = None
     answer_tokens: int = MAX_ANSWER_TOKENS
     num_answers: int | None = None
+    tried_out: bool = False
 
     @property
     def masked(self) -> bool:
@@ -240,15 +243,16 @@ class _Stage:
         prompt_tokens = self.batches.prompt_tokens or self.batches.row_tokens
         rows = rows_at_once(prompt_tokens, num_new, self.batches.generation_tokens)
         rows = min(rows, self.batches.num_answers or rows)
+        read = prompt_tokens + max(0, num_new - WRITTEN_TOKENS) if self.batches.tried_out else prompt_tokens
         self.model.eval()
         self.recorder.ragged = rows > 1 and (self.batches.ragged or self.batches.packed)
         with torch.no_grad():
-            out = self.model(**prompt(rows, prompt_tokens), use_cache=True, logits_to_keep=1)
+            out = self.model(**prompt(rows, read), use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             out.logits[:, -1].to(torch.float32, copy=True)
             del out
             self.recorder.switch("generate:last token")
-            lengthen(cache, num_new)
+            lengthen(cache, prompt_tokens + num_new - read)
             step = prompt(rows, 1, seen=prompt_tokens + num_new)
             self.model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
 

@@ -220,7 +220,7 @@ class Simulator:
             row_tokens=candidate.max_length,
             ragged=work.packed or (work.ragged and (work.in_parts or candidate.micro_batch > 1)),
             packed=work.packed, generation_tokens=generation_tokens, prompt_tokens=work.prompt_tokens,
-            answer_tokens=work.answer_tokens, num_answers=work.num_answers,
+            answer_tokens=work.answer_tokens, num_answers=work.num_answers, tried_out=work.trains,
         )
         settings = {
             "lora.r": candidate.r, "lora.alpha": candidate.r, "lora.dropout": work.dropout,

@@ -23,6 +23,7 @@ class Contender:
         needs: modules that must be there; `needs_gpu`: and a GPU.
         cold_start: it is started once before all others, with nothing kept, for the time that this takes.
         tried: this runner was run where it was written; the others follow their documentation.
+        named_only: it takes part where it is named.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Contender:
     needs_gpu: bool = False
     cold_start: bool = False
     tried: bool = True
+    named_only: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -65,9 +67,10 @@ _WITH = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_
 CONTENDERS = (
     Contender("qlora", "this project, as it plans by itself", OURS, _KEPT, cold_start=True),
     Contender("qlora-lean", "this project, recomputing activations", OURS,
-              {**_KEPT, "memory.checkpointing": True, "memory.fused_lora": True, "memory.loss_chunk": "128MiB"}),
-    Contender("qlora-unfused", "this project, activations kept, with PEFT's backward pass", OURS,
-              {**_KEPT, "memory.checkpointing": False, "memory.fused_lora": False, "memory.loss_chunk": "128MiB"}),
+              {**_KEPT, "memory.checkpointing": True, "memory.fused_lora": True, "memory.loss_chunk": "128MiB"}, named_only=True),
+    Contender("qlora-fused", "this project, its backward pass written by hand, activations kept", OURS,
+              {**_KEPT, "memory.checkpointing": False, "memory.fused_lora": True, "memory.loss_chunk": "128MiB"},
+              named_only=True),
     Contender("plain", "Transformers, PEFT, bitsandbytes and TRL with their defaults", PLAIN, needs=(*_HUGGING_FACE, "trl")),
     Contender("plain-best", "the same, best settings, recomputing activations", PLAIN, _WITH, _BEST_ENVIRONMENT,
               (*_HUGGING_FACE, "trl")),

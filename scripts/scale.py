@@ -112,7 +112,7 @@ def bends(found: Curve) -> list[str]:
         changes.pop("margin", None)
         part = max(changes, key=lambda name: abs(changes[name]))
         told.append(f"{found.name}, from {x[i]:,.4g} on: {_rate(rates[i], found.unit)} after {_rate(rates[i - 1], found.unit)}; "
-                    f"{part} accounts for {format_signed(changes[part])} of {format_signed(rates[i] - rates[i - 1])}")
+                    f"what changes most in the plan's peak is {part} ({format_signed(changes[part])})")
     return told
 
 

@@ -169,6 +169,22 @@ def test_our_own_variants_take_part_where_they_are_named(compare):
     assert [each.name for each in compare._chosen(["qlora-fused"])] == ["qlora-fused"]
 
 
+def test_the_readme_shows_what_was_measured(compare, root):
+    """`scripts/compare --table scripts/evidence/compare-cpu.json --write` mends the tables; sentences in README.md are its goals."""
+    document = json.loads((root / "scripts" / "evidence" / "compare-cpu.json").read_text(encoding="utf-8"))
+    shown = (root / "scripts" / "comparing" / "README.md").read_text(encoding="utf-8")
+    assert compare._text(document) in shown
+    rows = [row for found in document["models"].values() for row in found["rows"] if "why_not" not in row]
+    assert len(rows) >= 10 and all(row["curves"]["agree"] for row in rows)
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    for found in document["models"].values():
+        ours = next(row for row in found["rows"] if row["name"] == "qlora")
+        for row in found["rows"]:
+            if row["kind"] in ("trl", "trainer"):
+                assert f"| {row['tokens_per_second']:.0f} |" in readme, row["name"]
+        assert f"| {ours['tokens_per_second']:.0f} |" in readme
+
+
 def test_tables_are_written_between_their_markers(compare, tmp_path, monkeypatch, capsys):
     row = {"name": "a", "tried_here": True, "why_not": "not installed", "kind": "unsloth"}
     document = {"device": "d", "threads": 2, "date": "2026-01-02T03", "command": "scripts/compare", "models": {

@@ -107,7 +107,8 @@ def test_slopes_and_bends(scale):
     assert scale.bends(a_curve(x, [1000 * n for n in x])) == []
     parts = [{"activations": 1000 * n, "loss": max(0, 500 * (n - 4)), "margin": 9**n} for n in x]
     told, = scale.bends(a_curve(x, [each["activations"] + each["loss"] for each in parts], parts))
-    assert told.startswith("length, from 4 on: +1,500 bytes per token after +1,000 bytes per token; loss accounts for +500 bytes")
+    assert told == ("length, from 4 on: +1,500 bytes per token after +1,000 bytes per token; what changes most in the plan's peak is "
+                    "loss (+500 bytes)")
 
 
 def test_the_curves_share_a_point_and_change_one_thing(scale):

@@ -243,7 +243,9 @@ class _Stage:
         prompt_tokens = self.batches.prompt_tokens or self.batches.row_tokens
         rows = rows_at_once(prompt_tokens, num_new, self.batches.generation_tokens)
         rows = min(rows, self.batches.num_answers or rows)
-        read = prompt_tokens + max(0, num_new - WRITTEN_TOKENS) if self.batches.tried_out else prompt_tokens
+        read = prompt_tokens  # where it may be as long as a row, there is no answer beside it
+        if self.batches.tried_out and self.batches.prompt_tokens is not None:
+            read += max(0, num_new - WRITTEN_TOKENS)
         self.model.eval()
         self.recorder.ragged = rows > 1 and (self.batches.ragged or self.batches.packed)
         with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def make_trainer(contender: Contender, work: Work, max_steps: int, spent: dict[s
     }
     recipe = build_recipe(overrides=[f"{name}={_text(value)}" for name, value in settings.items()], model=str(work.checkpoint),
                           data=str(work.text_file))
-    progress = _Timed(spent, str(work.checkpoint))
+    progress = _Timed(spent, {str(work.checkpoint): "the base", str(work.text_file): "the rows"})
     setup = prepare(recipe, progress)
     model, engine = build_model(setup, progress)
     rows = work.rows()
@@ -49,16 +49,17 @@ def make_trainer(contender: Contender, work: Work, max_steps: int, spent: dict[s
 
 
 class _Timed(Progress):
-    """Notes how long each stage takes; in one that others are inside of, these are counted again. The base has no path there."""
+    """Notes how long each stage takes; in one that others are inside of, these are counted again. Paths get names."""
 
-    def __init__(self, spent: dict[str, float], base: str):
-        self._spent, self._base = spent, base
+    def __init__(self, spent: dict[str, float], names: Mapping[str, str]):
+        self._spent, self._names = spent, names
 
     @contextmanager
     def stage(self, text: str, *, in_bytes: bool = False, bar: bool = True) -> Iterator[Callable[[int, int], None]]:
         began = time.perf_counter()
         yield lambda done, total: None
-        text = text.replace(self._base, "the base")
+        for path, name in self._names.items():
+            text = text.replace(path, name)
         self._spent[text] = self._spent.get(text, 0.0) + time.perf_counter() - began
 
 

@@ -23,9 +23,9 @@ def prepare_environment() -> None:
     """Settings that count only before the libraries are imported; a value that the user has set stays.
 
     - GOMP_SPINCOUNT: threads that wait for work spin for a fraction of a millisecond, which is longer than it is from one operator
-      of a training step to the next, and sleep then. Ones that sleep at once (OMP_WAIT_POLICY=PASSIVE) take a fifth of the tokens
-      a second, since each operator has to wake them; ones that spin for as long as libgomp lets them, hundreds of
-      milliseconds, spin against other programs, and against bitsandbytes' pool where that is not torch's (scripts/compare).
+      of a training step to the next, and sleep then. Ones that sleep at once (OMP_WAIT_POLICY=PASSIVE) have to be woken for
+      each operator; ones that spin for as long as libgomp lets them by itself spin against other programs, and against
+      bitsandbytes' pool where that is not torch's. `OMP_WAIT_POLICY=PASSIVE scripts/compare --only qlora` shows the difference.
     - TOKENIZERS_PARALLELISM: silences the warning about forks; rows are tokenised before any worker starts.
     - PYTORCH_ALLOC_CONF: segments that grow, so that little of a small card is lost between blocks; torch has them off. Not on
       Windows and WSL, where they are missing or slow. The plan simulates what is set here (`expandable_segments`).

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -189,7 +190,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _cache(options: argparse.Namespace) -> int:
     from qlora.engine.shelf import bases_home, clear_stores, list_stores, size_of
-    from qlora.home import cache_home
+    from qlora.home import cache_home, starts_home
     from qlora.views import cache_view, cleared_view
 
     if options.action == "clear":
@@ -197,6 +198,8 @@ def _cache(options: argparse.Namespace) -> int:
             raise RecipeError("`qlora cache clear` wants the names of bases, or --all, and not both.",
                               "`qlora cache` lists what is kept.")
         cleared = clear_stores(None if options.all else options.names)
+        if options.all:
+            shutil.rmtree(starts_home(), ignore_errors=True)
         _print_json(vars(cleared)) if options.json else _print_view(cleared_view(cleared))
         return 0
     if options.names or options.all:

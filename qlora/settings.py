@@ -177,6 +177,10 @@ class TrainSection(Section):
     save_minutes: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = _setting(
         15.0, "A checkpoint after so many minutes as well; 0 = none.", "a number of minutes from 0"
     )
+    try_out: Literal["once", "always", "never"] = _setting(
+        "once", "Take the longest rows through everything before the run, to see that they fit; once = not again for the same rows "
+        "and shapes on this machine.", "once, always or never",
+    )
     keep: Literal["best", "last"] = _setting(
         "best", "The adapter that is kept: lowest validation loss, or the last step's.", "best or last"
     )

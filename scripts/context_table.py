@@ -14,10 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from pages import Place
+
 from qlora import _compat
 
-PAGE = Path(__file__).parents[1] / "qlora" / "engine" / "README.md"
-BEGIN, END = "<!-- context table: scripts/context_table.py --write -->", "<!-- end of context table -->"
+PLACE = Place(Path(__file__).parents[1] / "qlora" / "engine" / "README.md", "context table", "scripts/context_table.py --write")
 MODEL = "meta-llama/Llama-3.1-8B"
 OVERRIDES = ("lora.r=32", "train.batch=1", "data.max_length=1024")
 # Tokens, batch 1, rank 32, all linear projections (https://unsloth.ai/blog/llama3-3, December 2024).
@@ -51,14 +52,12 @@ def main() -> int:
     options = parser.parse_args()
     _compat.prepare_environment()
     _compat.quieten_libraries()
-    made, text = table(), PAGE.read_text(encoding="utf-8")
+    made = table()
     print(made)
-    head, _, rest = text.partition(BEGIN)
-    before, _, tail = rest.partition(END)
     if options.check:
-        return int(before.strip() != made)
+        return int(PLACE.text() != made)
     if options.write:
-        PAGE.write_text(f"{head}{BEGIN}\n{made}\n{END}{tail}", encoding="utf-8")
+        PLACE.write(made)
     return 0
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from pages import Place
+
 from qlora.architecture import Architecture, describe, find_config
 from qlora.catalog.cards import find_card
 from qlora.hardware import device_from_card
@@ -18,7 +20,7 @@ from qlora.planning.roofline import NVME_GB_S, SATA_GB_S, Link, StreamedSpeed, l
 from qlora.planning.speed import estimate_speed
 
 README = Path(__file__).resolve().parents[1] / "qlora" / "engine" / "README.md"
-_START, _END = "<!-- streaming: written by scripts/roofline_table.py -->", "<!-- end of streaming -->"
+_PLACE = Place(README, "streaming", "scripts/roofline_table.py")
 
 # Model, and the cards that are too small for all of its layers; a slot is named where it is slower than the card.
 _CASES = [
@@ -73,14 +75,10 @@ def main() -> int:
     if not sys.argv[1:]:
         print(table())
         return 0
-    before, start, rest = README.read_text(encoding="utf-8").partition(_START)
-    old, end, after = rest.partition(_END)
-    if not start or not end:
-        raise SystemExit(f"{README.name} lacks the markers {_START} and {_END}.")
     if "--write" in sys.argv[1:]:
-        README.write_text(f"{before}{start}\n{table()}\n{end}{after}", encoding="utf-8")
+        _PLACE.write(table())
         return 0
-    return int(old.strip() != table())
+    return int(_PLACE.text() != table())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a thread more is a buffer m
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from pages import Place
+
 from qlora import _compat
 from qlora.console import ConsoleProgress
 from qlora.measuring.cells import Cell, small_config
@@ -35,7 +37,7 @@ from qlora.units import KIB, MIB, format_bytes
 
 EVIDENCE, README = ROOT / "scripts" / "evidence" / "scale-cpu.jsonl", ROOT / "qlora" / "planning" / "README.md"
 PICTURE = README.parent / "plots" / "scale.png"
-START, END = "<!-- scale: written by scripts/scale.py -->", "<!-- end of scale -->"
+PLACE = Place(README, "scale", "scripts/scale.py")
 # Everything is fixed, so that one thing changes at a time.
 _FIXED = ("memory.budget=4GB train.max_steps=4 train.accumulation=1 memory.checkpointing=true train.optimizer=adamw "
           "memory.streaming=false "
@@ -180,12 +182,7 @@ def main() -> int:
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     draw_scale(curves, options.picture)
     if options.write:
-        before, found_start, rest = README.read_text(encoding="utf-8").partition(START)
-        _, found_end, after = rest.partition(END)
-        if not (found_start and found_end):
-            print(f"{README} lacks the markers {START} and {END}.", file=sys.stderr)
-            return 2
-        README.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+        PLACE.write(text)
     return 0
 
 

@@ -18,13 +18,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pages import Place
+
 from qlora import _compat
 from qlora.recipe import Recipe, build_recipe, load_recipe
 from qlora.sweeping.results import SweepResult
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "qlora" / "sweeping" / "README.md"
-BEGIN, END = "<!-- measured: scripts/sweep_table.py FOLDER --write -->", "<!-- end of measured -->"
+PLACE = Place(ROOT / "qlora" / "sweeping" / "README.md", "measured", "scripts/sweep_table.py FOLDER --write")
 _SHARED = Path(os.environ.get("QLORA_SHARED", ROOT.parent / "shared"))
 _MAX_TOKENS = 170  # of a GSM8K row for stories260K, whose vocabulary of 512 makes rows long
 _ALWAYS = ("memory.device=cpu", "train.sample_rows=0", "train.save_every=0", "train.save_minutes=0")
@@ -109,8 +110,7 @@ def main() -> int:
     made = "\n\n".join(section(name, measure(name, options.folder)) for name in options.only or CASES)
     sys.stdout.write(made + "\n")
     if options.write:
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(f"{page.split(BEGIN)[0]}{BEGIN}\n{made}\n{END}{page.split(END)[1]}", encoding="utf-8")
+        PLACE.write(made)
     return 0
 
 

@@ -17,6 +17,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from pages import Place
 from recipe_evidence import PLANNED, RUN, lines_of
 
 from qlora.settings import describe_settings
@@ -99,26 +100,24 @@ def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def updated(text: str) -> str:
-    """`text` with the lines between each pair of markers replaced."""
-    for name, table in (("recipes", recipes_table()), ("evidence", evidence_table()), ("settings", settings_table())):
-        start, end = f"<!-- {name}: written by scripts/update_docs.py -->", f"<!-- end of {name} -->"
-        before, found_start, rest = text.partition(start)
-        _, found_end, after = rest.partition(end)
-        if not found_start or not found_end:
-            raise SystemExit(f"{README.name} lacks the markers {start} and {end}.")
-        text = f"{before}{start}\n{table}\n{end}{after}"
-    return text
+def tables() -> dict[Place, str]:
+    """Each table and where it belongs."""
+    made = {"recipes": recipes_table(), "evidence": evidence_table(), "settings": settings_table()}
+    return {Place(README, name, "scripts/update_docs.py"): table for name, table in made.items()}
+
+
+def out_of_date() -> list[str]:
+    """Names of the tables that are not as they would be written."""
+    return [place.name for place, table in tables().items() if place.text() != table]
 
 
 def main() -> int:
-    old = README.read_text(encoding="utf-8")
-    new = updated(old)
     if "--check" in sys.argv[1:]:
-        print("up to date" if new == old else f"{README.name} is out of date: run python scripts/update_docs.py")
-        return int(new != old)
-    README.write_text(new, encoding="utf-8")
-    print(f"{README.name}: {'rewritten' if new != old else 'no change'}")
+        old = out_of_date()
+        print(f"out of date: {', '.join(old)}; run python scripts/update_docs.py" if old else "up to date")
+        return int(bool(old))
+    changed = [place.name for place, table in tables().items() if place.write(table)]
+    print(f"{README.name}: {', '.join(changed) or 'no change'}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if folder.is_dir() and not folder.is_symlink() and not (users / folder.name).exists():
             users.mkdir(parents=True, exist_ok=True)
             shutil.copytree(folder, users / folder.name, dirs_exist_ok=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_found_out(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in one test takes nothing over from that in another: each has its own trial and its own look at the bare base."""
+    from qlora import home
+
+    folder = tmp_path_factory.getbasetemp() / "starts" / uuid.uuid4().hex
+    monkeypatch.setattr(home, "starts_home", lambda: folder)
 
 
 # Files that take longest, first, so that no worker is left with one at the end.

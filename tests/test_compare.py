@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,20 +186,20 @@ def test_the_readme_shows_what_was_measured(compare, root):
         assert f"| {ours['tokens_per_second']:.0f} |" in readme
 
 
-def test_tables_are_written_between_their_markers(compare, tmp_path, monkeypatch, capsys):
+def test_tables_are_written_between_their_markers(compare, tmp_path, monkeypatch):
     row = {"name": "a", "tried_here": True, "why_not": "not installed", "kind": "unsloth"}
     document = {"device": "d", "threads": 2, "date": "2026-01-02T03", "command": "scripts/compare", "models": {
         "m": {"work": {"rank": 16, "micro_batch": 2, "length": 8}, "load": 0.1, "rows": [row], "goals": []}}}
     (tmp_path / "found.json").write_text(json.dumps(document))
     readme = tmp_path / "README.md"
-    monkeypatch.setattr(compare, "_README", readme)
-    readme.write_text(f"before\n{compare._START}\nold\n{compare._END}\nafter\n")
+    monkeypatch.setattr(compare, "_PLACE", replace(compare._PLACE, page=readme))
+    readme.write_text("before\n<!-- compare: written by scripts/compare --write -->\nold\n<!-- end of compare -->\nafter\n")
     assert compare.main(["--table", str(tmp_path / "found.json"), "--write"]) == 0
     assert "| a | not installed |" in readme.read_text() and "old" not in readme.read_text()
     assert readme.read_text().startswith("before\n") and readme.read_text().endswith("after\n")
-    readme.write_text("no markers")
-    assert compare.main(["--table", str(tmp_path / "found.json"), "--write"]) == 2
-    assert "lacks the markers" in capsys.readouterr().err
+    readme.write_text("no marks")
+    with pytest.raises(SystemExit, match="lacks <!-- compare"):
+        compare.main(["--table", str(tmp_path / "found.json"), "--write"])
 
 
 @pytest.mark.parametrize("words, says", [

@@ -66,8 +66,7 @@ def test_the_trial_takes_the_longest_rows_and_the_run_meets_no_longer_ones(recip
 
 def test_what_it_took_is_held_against_the_plan_and_remembered(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))  # receipts of other tests come at the same time
-    # The project's own loss takes the positions that are trained on alone, and the plan counts all.
-    result = train(recipe(memory={"loss_chunk": "none"}))
+    result = train(recipe())
     report = json.loads((result.folder / "report.json").read_text())
     measured, planned = report["measured_phases"], report["planned_phases"]
     assert list(measured) == ["train", "eval", "generate", "save"] == list(planned)

@@ -100,10 +100,22 @@ def test_tool_calls_are_what_the_script_writes():
     assert made.TARGET.read_text(encoding="utf-8") == made.render()
 
 
-def test_tables_in_the_readme_are_up_to_date(docs):
+def test_tables_in_the_readme_are_up_to_date(docs, tmp_path, monkeypatch):
     """`python scripts/update_docs.py` mends it."""
     text = docs.README.read_text(encoding="utf-8")
-    assert docs.settings_table() in text
-    assert docs.recipes_table() in text
-    assert docs.updated(text) == text
-    assert docs.updated(text.replace("| `lora.r` |", "| `lora.rank` |")) == text
+    assert docs.out_of_date() == []
+    page = tmp_path / "README.md"
+    page.write_text(text.replace("| `lora.r` |", "| `lora.rank` |"), encoding="utf-8")
+    monkeypatch.setattr(docs, "README", page)
+    monkeypatch.setattr(docs.sys, "argv", ["update_docs.py"])
+    assert docs.out_of_date() == ["settings"]
+    assert docs.main() == 0
+    assert page.read_text(encoding="utf-8") == text
+
+
+def test_a_page_that_lacks_a_mark_is_left_as_it_is(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- sizes: written by it -->\nno end\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="lacks <!-- end of sizes -->: put it where"):
+        script("pages").Place(page, "sizes", "it").write("| 1 |")
+    assert page.read_text(encoding="utf-8").endswith("no end\n")

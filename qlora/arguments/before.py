@@ -26,12 +26,15 @@ examples:
 _CACHE_DESCRIPTION = """\
 A base is quantised once, into a file that every later run of it reads, so that the next start takes seconds. These files are
 as large as the model in 4 bits. Without a word after it, this lists them: which base, how large, when it was used last.
+
+What a run found out before its first step is kept too, a few kilobytes each: that its longest rows fit, and how good the bare base is
+on the held-out rows, with its answers to them. A run with the same rows and shapes takes that over.
 """
 _CACHE_EXAMPLES = """\
 examples:
   qlora cache                          what is kept, and how much room it takes
   qlora cache clear Qwen/Qwen3-8B      remove a base, by its model or by the name in the last column
-  qlora cache clear --all              remove all of them
+  qlora cache clear --all              remove all of them, and what runs found out before their first step
 
 Nothing is lost: a base that is removed is made again by the run that needs it. One that is in use is left alone.
 QLORA_CACHE names another place for the cache, such as a larger disk.
@@ -127,7 +130,7 @@ def add_cache(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser
     cache.add_argument("action", nargs="?", choices=("list", "clear"), default="list",
                        help="list (the default), or clear: remove what is named, without asking")
     cache.add_argument("names", nargs="*", metavar="NAME", help="bases to remove: a model, or a name from the list")
-    cache.add_argument("--all", action="store_true", help="remove every base")
+    cache.add_argument("--all", action="store_true", help="remove every base, and what runs found out before their first step")
     cache.add_argument("--json", action="store_true", help="print one JSON object")
     cache.set_defaults(verb="cache")
 

@@ -63,6 +63,7 @@ class LanguageModelLoss:
         head, chunk_bytes: see `chunked_cross_entropy`.
         last_correct, last_count: of the last call, targets that were the most probable token, and targets, as numbers on the
             device: their ratio is the token accuracy.
+        most_trained: of a batch's positions, in a rehearsal on meta, where labels have no values; None is all.
     """
 
     def __init__(self, model: PeftModel, head: Head, chunk_bytes: int):
@@ -70,6 +71,7 @@ class LanguageModelLoss:
         self.softcap, self.scale = logit_transform(model.config)
         self.last_correct: torch.Tensor | None = None
         self.last_count: torch.Tensor | None = None
+        self.most_trained: int | None = None
         head.tile_rows = _tile_rows(head, chunk_bytes)  # so that generation takes the room that the loss has
 
     def __call__(
@@ -102,7 +104,7 @@ class LanguageModelLoss:
         self.last_count = (targets != IGNORED).sum()
         divisor = self.last_count if num_items_in_batch is None else num_items_in_batch
         job = _Job(self.head, self.chunk_bytes, self.softcap, self.scale, divisor)
-        loss, self.last_correct = _loss_and_correct(hidden.flatten(0, 1), targets.flatten(), job)
+        loss, self.last_correct = _loss_and_correct(hidden.flatten(0, 1), targets.flatten(), job, self.most_trained)
         return loss
 
 
@@ -167,10 +169,14 @@ class _Job(NamedTuple):
         return _FP16_BOOST if self.head.dtype == torch.float16 else 1.0
 
 
-def _loss_and_correct(hidden: torch.Tensor, targets: torch.Tensor, job: _Job) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_correct(
+    hidden: torch.Tensor, targets: torch.Tensor, job: _Job, most: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, and at how many positions the target is the most probable token (the first of those that are)."""
     # As numbers and not as a mask: a mask would be turned into them again at each use, and make the device wait each time.
     positions = torch.arange(len(targets), device=targets.device)[targets != IGNORED]
+    if hidden.is_meta:
+        positions = positions[:most]
     return _ChunkedLoss.apply(hidden if torch.is_grad_enabled() else hidden.detach(), targets, positions, job)
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,11 @@ class Device:
     bandwidth: float | None = None
     tflops: float | None = None
     present: bool = True
+
+    @property
+    def lasting(self) -> dict[str, Any]:
+        """What does not change while other programs come and go, for questions that are remembered."""
+        return {key: value for key, value in asdict(self).items() if "free" not in key and "used" not in key}
 
     @property
     def torch_name(self) -> str:

@@ -23,12 +23,24 @@ def remembered(folder: Path, question: Mapping[str, Any], work_out: Callable[[],
 
     A cache that cannot be read or written is no cache; nothing fails for it.
     """
-    path = folder / f"{_digest(question)}.json"
+    answer = recall(folder, question)
+    if answer is None:
+        answer = work_out()
+        keep(folder, question, answer)
+    return answer
+
+
+def recall(folder: Path, question: Mapping[str, Any]) -> Any:
+    """The answer on file; None where there is none that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads((folder / f"{_digest(question)}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        pass
-    answer = work_out()
+        return None
+
+
+def keep(folder: Path, question: Mapping[str, Any], answer: Any) -> None:
+    """File an answer, if that can be done."""
+    path = folder / f"{_digest(question)}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -37,7 +49,6 @@ def remembered(folder: Path, question: Mapping[str, Any], work_out: Callable[[],
         _forget_oldest(folder)
     except OSError:
         pass  # a full or read-only disk; the answer is worth as much
-    return answer
 
 
 def _digest(question: Mapping[str, Any]) -> str:

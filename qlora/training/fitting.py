@@ -48,7 +48,8 @@ class Rows:
         ragged: rows differ in length.
         host_bytes: RAM that the tokens take.
         shrinkable: the length is only a guess, and is shortened where it would not fit.
-        prompt_tokens, answer_tokens, num_answers: of what is generated; see `qlora.training.simulator.Workload`.
+        prompt_tokens, answer_tokens, num_answers, trained_tokens: of what is generated and trained on; see
+            `qlora.training.simulator.Workload`.
     """
 
     num_train: int | None
@@ -63,6 +64,7 @@ class Rows:
     prompt_tokens: int | None = None
     answer_tokens: int = MAX_ANSWER_TOKENS
     num_answers: int | None = None
+    trained_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ def workload(job: Job, attention: str, batch: int) -> Workload:
         dequantise_once=job.recipe.memory.dequantise_once,
         host_bytes=_host_room(job) if job.device.kind == "cuda" else None, prompt_tokens=job.rows.prompt_tokens,
         answer_tokens=job.rows.answer_tokens, num_answers=job.rows.num_answers,
+        trained_tokens=job.rows.trained_tokens,
     )
 
 

@@ -134,10 +134,9 @@ def _answer(question: dict[str, Any] | None, work_out: Callable[[], dict[str, An
 def _device_question(recipe: Recipe, device: Device | None) -> dict[str, Any]:
     """What a plan depends on of the device: not what happens to be free, but the budget that follows from it."""
     known = device or describe_machine(recipe.memory.device)
-    facts = {key: value for key, value in asdict(known).items() if "free" not in key and "used" not in key}
     receipts = cache_home() / "receipts.jsonl"
     seen = receipts.stat().st_size if receipts.exists() else 0
-    return {**facts, "budget": asdict(find_budget(known, recipe.memory.budget, Receipts.load())), "receipts": seen}
+    return {**known.lasting, "budget": asdict(find_budget(known, recipe.memory.budget, Receipts.load())), "receipts": seen}
 
 
 def _state_of(name: Any) -> Any:

@@ -64,6 +64,7 @@ class Batches:
         generation_tokens: prompts and answers of one batch of generation.
         prompt_tokens, answer_tokens: of the longest prompt, None where it may be as long as a row, and of an answer at most.
         num_answers: that are written at all; None is any number.
+        trained_tokens: of a row at most; None where it may be all of them.
         tried_out: the run begins with a trial, in which the rest of an answer is read with its prompt; see `qlora.training.probe`.
     """
 
@@ -76,6 +77,7 @@ class Batches:
     prompt_tokens: int | None = None
     answer_tokens: int = MAX_ANSWER_TOKENS
     num_answers: int | None = None
+    trained_tokens: int | None = None
     tried_out: bool = False
 
     @property
@@ -162,6 +164,8 @@ class _Stage:
             self.steps = (self.at_once, self.at_once * (1 + self.sees_gradients))
             self.schedule.num_phantoms = max(0, at_once - 2)
             self.schedule.autocast = self.autocast
+        if engine.loss is not None and batches.trained_tokens is not None:
+            engine.loss.most_trained = batches.trained_tokens * batches.micro_batch
         self.trainer.current_gradient_accumulation_steps = batches.accumulation  # what its training loop sets
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.paged = settings["train.optimizer"].startswith("paged")

@@ -6,7 +6,7 @@ A run that was broken off goes on from its newest good checkpoint, so every step
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from qlora.evaluation import Evaluation, exact_match
 from qlora.progress import Progress
 from qlora.recipe import Recipe
 from qlora.training.building import build_model
+from qlora.training.earlier import Trial, earlier_evaluation, earlier_trial, keep_earlier_evaluation, keep_earlier_trial
 from qlora.training.meter import planned_phases, run_receipt, trial_receipt
 from qlora.training.metrics_file import MetricsFile
 from qlora.training.preflight import check_machine, refuse, warnings
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from qlora.engine.install import Engine
     from qlora.hub.push import Pushed
+    from qlora.planning.plan import Plan
     from qlora.planning.receipts import Receipt
     from qlora.results.report import RunSummary
     from qlora.training.bases import Bases
@@ -104,20 +106,26 @@ def run(session: Session, bases: Bases | None = None) -> RunResult:
     write_down(session)
     with failures_explained(session), ExitStack() as held:
         shared = clock.time("load", lambda: bases.take(setup, progress)) if bases else None
-        with watching_memory(session, shared.tensor_bytes if shared else 0) as trial:
+        known = known_trial(session)
+        tries = known is None and setup.plan.settings.get("train.try_out") != "never"
+        with watching_memory(session, shared.tensor_bytes if shared else 0) if tries else nullcontext() as trial:
             model, engine = clock.time("load", lambda: build_model(setup, progress, shared))
             held.callback(engine.close)
             norms = frozen_norms(setup, model)
             base = clock.time("verify", lambda: verify(setup, model, engine, norms.beside))
             if session.begun:
                 refuse_another_base(session.begun, base, progress)
-            clock.time("try out", lambda: try_out(session, model, engine, trial))
-        keep_trial(session, trial)
+            if tries:
+                clock.time("try out", lambda: try_out(session, model, engine, trial))
+        if known is not None:
+            take_trial(session, known)
+        elif tries:
+            keep_trial(session, trial)
         with open_metrics(session) as metrics:
             stopper = Stopper(progress.note)
             trainer = assemble(setup, model, engine, session.folder, on_row=metrics.add, ladder=session.ladder, tell=session.tell,
                                look=stopper.look)
-            before = clock.time("evaluate before", lambda: evaluate_before(session, trainer))
+            before = clock.time("evaluate before", lambda: evaluate_before(session, trainer, base))
             watch_adapters(setup, trainer, norms, metrics.rows, progress.note)
             clock.time("train", lambda: run_steps(session, trainer, metrics, stopper, base))
         keep_the_best(session, model, metrics.rows)
@@ -134,6 +142,21 @@ def run(session: Session, bases: Bases | None = None) -> RunResult:
 # --- the stages of a session, one after the other --------------------------------------------------------------------------
 
 
+def known_trial(session: Session) -> Trial | None:
+    """What an earlier run of the same shapes took, which then need not be tried out. A lower rung is tried out each time."""
+    once = session.setup.plan.settings.get("train.try_out", "once") == "once"
+    return earlier_trial(session.setup) if once and not session.ladder.rung else None
+
+
+def take_trial(session: Session, known: Trial) -> None:
+    """An earlier run's trial in the place of this one's. It is no receipt more."""
+    plan = session.setup.plan
+    session.record.probe = {"planned": planned_phases(plan, known.allocated), "measured": known.allocated}
+    session.progress.note(f"The longest rows were tried out on {known.date} and took {_worst(plan, known.allocated)}. "
+                          "`train.try_out=always` tries them again.")
+    session.keep_record()
+
+
 def try_out(session: Session, model: PeftModel, engine: Engine, trial: Any) -> None:
     """The worst batch of this data goes through everything that follows."""
     from qlora.training.probe import probe
@@ -148,19 +171,39 @@ def keep_trial(session: Session, trial: Any) -> None:
     took = {phase: size for phase, size in trial.allocated.items() if phase in plan.phases}
     if len(took) > 1:  # on a lower rung it is not the plan that is tried out
         session.record.probe = {"planned": planned_phases(plan, took), "measured": took}
-        worst = max((phase for phase in took if phase != "load"), key=took.__getitem__)
-        session.progress.note(f"The longest rows took {format_bytes(took[worst])}, in phase {worst}; planned were "
-                              f"{format_bytes(plan.phases[worst])}.")
+        session.progress.note(f"The longest rows took {_worst(plan, took)}.")
     if session.begun is None and took:
         keep_receipt(trial_receipt(session.setup, took, trial.reserved), session.progress)
+        if not session.ladder.rung and not session.record.events:  # nothing had to be done in another way than planned
+            keep_earlier_trial(session.setup, took, trial.reserved)
     session.keep_record()
 
 
-def evaluate_before(session: Session, trainer: AdapterTrainer) -> Evaluation | None:
-    """How good the base is; what an earlier session found out is not measured again."""
+def _worst(plan: Plan, took: Mapping[str, int]) -> str:
+    worst = max((phase for phase in took if phase != "load"), key=took.__getitem__)
+    return f"{format_bytes(took[worst])}, in phase {worst}; planned were {format_bytes(plan.phases[worst])}"
+
+
+def evaluate_before(session: Session, trainer: AdapterTrainer, base: str) -> Evaluation | None:
+    """How good the base is; what an earlier session or run found out is not measured again.
+
+    Args:
+        base: fingerprint of the frozen weights.
+    """
+    from qlora.training.saving import random_state, set_random_state
+
     if session.record.before is not None:
         return Evaluation.from_record(session.record.before)
-    found = evaluate(session, trainer, "before")
+    setup, known = session.setup, earlier_evaluation(session.setup, base)
+    if known is not None:
+        found, date = known
+        session.progress.note(f"The bare base was measured on these held-out rows on {date}: loss {found.loss:.4f}.")
+    else:
+        state = random_state()
+        found = evaluate(session, trainer, "before")
+        set_random_state(state)  # the run is the same whether it measured this or was told
+        if found is not None:
+            keep_earlier_evaluation(setup, base, found)
     session.record.before = found.to_record() if found else None
     session.keep_record()
     return found

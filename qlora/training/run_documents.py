@@ -22,7 +22,7 @@ _FRESH = "To start anew beside it, add --fresh."
 # Settings that a run may be gone on with after a change: they steer where things go, when they are kept and how much memory
 # may be used, not what is learnt. Data and base are held by their content, which may have moved.
 _FREE_SECTIONS = {"output", "hub"}
-_FREE_SETTINGS = {"train.report_to", "train.save_every", "train.save_minutes", "memory.budget", "data.path", "model.base"}
+_FREE_SETTINGS = {"train.report_to", "train.try_out", "train.save_every", "train.save_minutes", "memory.budget", "data.path", "model.base"}
 
 
 @dataclass

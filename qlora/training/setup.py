@@ -165,8 +165,13 @@ def rows_of(recipe: Recipe, data: PreparedData) -> Rows:
     return Rows(
         num_train=num_train, num_validation=len(data.validation), max_length=data.max_length, max_length_reason=_why_length(data),
         ragged=len(set(lengths)) > 1, format=data.rowset.format, format_reason=data.rowset.format_reason,
-        host_bytes=_BYTES_PER_TOKEN * sum(lengths), **_answers(data),
+        host_bytes=_BYTES_PER_TOKEN * sum(lengths), trained_tokens=None if recipe.data.packing else _trained(data), **_answers(data),
     )
+
+
+def _trained(data: PreparedData) -> int:
+    """Of a row at most."""
+    return max((row.num_trained for row in (*data.train, *data.validation)), default=1)
 
 
 def _answers(data: PreparedData) -> dict[str, int]:

@@ -43,6 +43,7 @@ class Workload:
         host_bytes: RAM for what waits there; None is any.
         prompt_tokens, answer_tokens, num_answers: of the longest prompt that is answered, None where it may be as long as a row;
             of an answer at most; and how many are written, None is any number.
+        trained_tokens: of a row at most, None where it may be all of them; the project's own loss takes these alone.
         trains: off, the model is only measured: there are neither gradients nor an optimizer.
     """
 
@@ -62,6 +63,7 @@ class Workload:
     prompt_tokens: int | None = None
     answer_tokens: int = MAX_ANSWER_TOKENS
     num_answers: int | None = None
+    trained_tokens: int | None = None
     trains: bool = True
 
 
@@ -220,7 +222,7 @@ class Simulator:
             row_tokens=candidate.max_length,
             ragged=work.packed or (work.ragged and (work.in_parts or candidate.micro_batch > 1)),
             packed=work.packed, generation_tokens=generation_tokens, prompt_tokens=work.prompt_tokens,
-            answer_tokens=work.answer_tokens, num_answers=work.num_answers, tried_out=work.trains,
+            answer_tokens=work.answer_tokens, num_answers=work.num_answers, trained_tokens=work.trained_tokens, tried_out=work.trains,
         )
         settings = {
             "lora.r": candidate.r, "lora.alpha": candidate.r, "lora.dropout": work.dropout,
@@ -257,7 +259,7 @@ class Simulator:
                        expandable_segments(windows=work.device.windows)],
             "batch": work.batch, "packed": work.packed, "ragged": work.ragged, "dropout": work.dropout,
             "in_parts": work.in_parts, "trains": work.trains,
-            "answers": [work.prompt_tokens, work.answer_tokens, work.num_answers],
+            "trained": work.trained_tokens, "answers": [work.prompt_tokens, work.answer_tokens, work.num_answers],
         }
 
 

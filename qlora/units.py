@@ -39,6 +39,11 @@ def format_bytes(size_bytes: float) -> str:
     return f"{size_bytes / KIB:.0f} KiB"
 
 
+def exact_size(size_bytes: int) -> str:
+    """'128MiB': what `parse_size` makes the same number of, for settings; whole KiB, and in MiB where they are whole too."""
+    return f"{size_bytes // KIB}KiB" if size_bytes % MIB else f"{size_bytes // MIB}MiB"
+
+
 def format_count(count: float) -> str:
     """'8.03B', '811K', '384': for numbers of parameters or tokens."""
     for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e4, "K")):

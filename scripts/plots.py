@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Draw the plots of the documentation from scripts/evidence: qlora/planning/plots/*.png.
+"""Draw the plots of the documentation from scripts/evidence, qlora/planning/plots/*.png, and put what was measured into the page there.
 
-    .venv/bin/python scripts/plots.py                      all of them
+    .venv/bin/python scripts/plots.py                      all of them, and the table
     .venv/bin/python scripts/plots.py --lines my.jsonl     with measurements of your own beside those in scripts/evidence
 
 plan-against-measured.png   every cell that was measured (`qlora measure`), and the published runs of a Tesla T4 where the folder
@@ -18,17 +18,21 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT), str(ROOT / "tests")]
+
+from pages import Place
 
 from qlora import _compat
 from qlora.hardware import device_from_card
 from qlora.measuring.lines import read_lines
 from qlora.measuring.one_cell import compared_peak
+from qlora.measuring.summary import markdown_tables
 from qlora.results.evidence_plots import Point, draw_plan_against_measured
 from qlora.results.plan_plots import draw_compare
 from qlora.units import GIB
 
 EVIDENCE, PLOTS = ROOT / "scripts" / "evidence", ROOT / "qlora" / "planning" / "plots"
+TABLE = Place(ROOT / "qlora" / "planning" / "README.md", "measured", "scripts/plots.py")
 _MODEL, _CARDS = "Qwen/Qwen3-8B", (4, 8, 12, 16, 24)
 
 
@@ -37,6 +41,11 @@ def measured_points(files: list[Path]) -> list[Point]:
     lines = [line for line in read_lines(*files) if line.get("error_percent") is not None]
     return [Point(compared_peak(line["planned"]["phases"], line["kind"]), compared_peak(line["measured"]["phases"], line["kind"]),
                   line["device"]) for line in lines]
+
+
+def measured_table() -> str:
+    """What `qlora measure --summary scripts/evidence/measured-*.jsonl --markdown` prints."""
+    return markdown_tables(read_lines(*sorted(EVIDENCE.glob("measured-*.jsonl"))))
 
 
 def t4_points() -> list[Point]:
@@ -58,6 +67,7 @@ def main() -> int:
     _compat.prepare_environment()
     _compat.quieten_libraries()
     PLOTS.mkdir(exist_ok=True)
+    TABLE.write(measured_table())
     points = [*t4_points(), *measured_points([*sorted(EVIDENCE.glob("*.jsonl")), *options.lines])]
     draw_plan_against_measured(points, PLOTS / "plan-against-measured.png", title=f"Plan against measured: {len(points)} runs")
     from qlora.training.planner import plan_model

@@ -22,7 +22,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a thread more is a buffer more
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
 
 from pages import Place
 

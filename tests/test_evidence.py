@@ -93,6 +93,12 @@ def test_what_was_measured_here_can_be_shown(root):
     assert found.num_measured >= 10 and abs(found.worst_error) < 2
 
 
+def test_the_page_shows_what_was_measured(root):
+    """`python scripts/plots.py` mends it."""
+    module = script(root, "plots")
+    assert module.TABLE.text() == module.measured_table()
+
+
 # --- scale -------------------------------------------------------------------------------------------------------------
 
 

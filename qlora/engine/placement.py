@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.units import KIB, parse_size
+from qlora.units import exact_size, parse_size
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Placement:
             "memory.head_format": self.head_format, "memory.offload_activations": self.offload_activations,
             "memory.offload_adapters": self.offload_adapters, "memory.fused_lora": self.fused_lora,
             "memory.dequantise_once": self.dequantise_once, "memory.mlp_tile": self.mlp_tile_tokens or "none",
-            "memory.loss_chunk": "none" if self.loss_chunk_bytes is None else f"{self.loss_chunk_bytes // KIB}KiB",
+            "memory.loss_chunk": "none" if self.loss_chunk_bytes is None else exact_size(self.loss_chunk_bytes),
         }
 
     @classmethod

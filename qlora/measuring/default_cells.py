@@ -125,6 +125,10 @@ small:qwen3 memory.budget=200MB data.max_length=512 lora.r=8 train.micro_batch=1
 small:gemma2 memory.budget=120MB data.max_length=256 train.batch=4
 small:gemma2 memory.budget=60MB data.max_length=256 train.batch=4
 small:gpt2 memory.budget=80MB data.max_length=256 train.batch=4
+small:llama memory.budget=400MB data.max_length=512 lora.r=16 train.micro_batch=1 train.accumulation=2 memory.loss_chunk=none
+small:qwen3 memory.budget=200MB data.max_length=256 lora.r=32 train.micro_batch=2 train.accumulation=2 memory.loss_chunk=none
+  train.optimizer=adamw_8bit memory.checkpointing=false
+small:gemma2 memory.budget=200MB data.max_length=256 lora.r=16 train.micro_batch=1 train.accumulation=2 memory.loss_chunk=none
 small:phi3 memory.budget=60MB data.max_length=256 train.batch=4
 small:phi3 memory.budget=100MB data.max_length=256 lora.r=16 train.micro_batch=2 train.accumulation=2 model.attention=eager
   memory.checkpointing=true

@@ -64,7 +64,7 @@ class Batches:
         generation_tokens: prompts and answers of one batch of generation.
         prompt_tokens, answer_tokens: of the longest prompt, None where it may be as long as a row, and of an answer at most.
         num_answers: that are written at all; None is any number.
-        trained_tokens: of a row at most; None where it may be all of them.
+        trained_tokens: of a row at most; None where it may be all but one.
         tried_out: the run begins with a trial, in which the rest of an answer is read with its prompt; see `qlora.training.probe`.
     """
 
@@ -164,8 +164,8 @@ class _Stage:
             self.steps = (self.at_once, self.at_once * (1 + self.sees_gradients))
             self.schedule.num_phantoms = max(0, at_once - 2)
             self.schedule.autocast = self.autocast
-        if engine.loss is not None and batches.trained_tokens is not None:
-            engine.loss.most_trained = batches.trained_tokens * batches.micro_batch
+        if engine.loss is not None:  # the last token of a row has no next one to be told
+            engine.loss.most_trained = batches.micro_batch * (batches.trained_tokens or batches.row_tokens - 1)
         self.trainer.current_gradient_accumulation_steps = batches.accumulation  # what its training loop sets
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.paged = settings["train.optimizer"].startswith("paged")

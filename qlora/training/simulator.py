@@ -43,7 +43,7 @@ class Workload:
         host_bytes: RAM for what waits there; None is any.
         prompt_tokens, answer_tokens, num_answers: of the longest prompt that is answered, None where it may be as long as a row;
             of an answer at most; and how many are written, None is any number.
-        trained_tokens: of a row at most, None where it may be all of them; the project's own loss takes these alone.
+        trained_tokens: of a row at most, None where it may be all but one; the project's own loss takes these alone.
         trains: off, the model is only measured: there are neither gradients nor an optimizer.
     """
 

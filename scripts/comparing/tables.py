@@ -133,6 +133,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def short_table(models: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """What a reader in a hurry wants to know, in Markdown: those who were there, with three figures for each model."""
+    rows = {name: [row for row in found if "why_not" not in row] for name, found in models.items()}
+    figures = ("tokens/s", "peak of tensors, GiB", "ready after, s")
+    titles = [f"{name.rpartition('/')[2]}: {figure}" if figure == figures[0] else figure for name in rows for figure in figures]
+    lines = [f"| | {' | '.join(titles)} |", f"| --- |{' ---: |' * len(titles)}"]
+    for each in next(iter(rows.values())):
+        cells = [f"**{each['title']}**" if each["kind"] == "qlora" else each["title"]]
+        for found in rows.values():
+            row = next((row for row in found if row["name"] == each["name"]), None)
+            cells += ["-"] * len(figures) if row is None else [
+                _number(row["tokens_per_second"], 0), _gib(row["train_tensor_bytes"]), _number(row["start_seconds"], 1)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _curve_words(curves: Mapping[str, Any]) -> str:
     if curves["agree"] is None:
         return "not known"

@@ -241,9 +241,10 @@ class MemorySection(Section):
         "auto", "Adapters, their gradients and the optimizer live in RAM. Exact. auto = only where memory asks for it.",
         "auto, true or false",
     )
-    fused_lora: _AutoBool = _setting(
-        "auto", "Backward pass of adapted projections and MLPs written by hand: about half the activations; rounds differently "
-        "from PEFT. auto = only where memory asks for it.", "auto, true or false",
+    fused_lora: Literal["auto", "projections"] | bool = _setting(
+        "auto", "Backward pass of adapted projections, MLPs and norms written by hand: about half the activations; rounds differently "
+        "from PEFT. projections = of these alone, for speed. auto = only where memory asks for it; on a CPU at least projections.",
+        "auto, projections, true or false",
     )
     mlp_tile: _Auto | Literal["none"] | _PositiveInt = _setting(
         "auto", "Tokens that go through an MLP at once; fewer = less memory, more time. auto = all, unless memory asks for less.",

@@ -29,8 +29,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def install_fused(model: PeftModel) -> list[str]:
+def install_fused(model: PeftModel, *, projections_alone: bool = False) -> list[str]:
     """Give a model's adapted 4-bit layers, their MLPs and its norms the backward passes of this file.
+
+    Args:
+        projections_alone: MLPs and norms stay as they are. Nothing of size is computed anew then, and a projection takes a third of the
+            operators that PEFT's takes: the fastest form where there is room to keep what MLPs and norms consist of.
 
     Returns:
         What was left to PEFT and why, a line for each reason.
@@ -48,6 +52,9 @@ def install_fused(model: PeftModel) -> list[str]:
                 left[reasons[0]] += 1
             else:
                 replace_forward(module, _LoraForward(module))
+    reported = [f"{count} adapted layers are left to PEFT: {reason}." for reason, count in left.items()]
+    if projections_alone:
+        return reported
     norms: dict[tuple[type, int], bool] = {}
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -60,7 +67,7 @@ def install_fused(model: PeftModel) -> list[str]:
         elif (form := mlp_form(module)) and all(map(is_fused, form.projections(module))):
             replace_forward(module, MlpForward(module, form))
     keep_no_scores(model.get_base_model())
-    return [f"{count} adapted layers are left to PEFT: {reason}." for reason, count in left.items()]
+    return reported
 
 
 def remove_fused(model: PeftModel) -> None:

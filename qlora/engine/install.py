@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora.engine.boundaries import OnDevice, OnHost, OnSimulatedHost
-from qlora.engine.placement import Placement
+from qlora.engine.placement import PROJECTIONS, Placement
 from qlora.engine.schedule import Schedule
 from qlora.engine.stream import AllThere, Stream
 from qlora.errors import ModelError
@@ -80,7 +80,8 @@ def install(
     if placement.fused_lora:
         from qlora.engine.fused import install_fused
 
-        engine.notes += install_fused(model) or []
+        notes = install_fused(model, projections_alone=placement.fused_lora == PROJECTIONS)
+        engine.notes += notes if placement.fused_lora is True else []  # what nobody asked for need not be explained
     if placement.mlp_tile_tokens:
         from qlora.engine.tiled_mlp import install_tiled_mlp
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from qlora.units import exact_size, parse_size
+
+
+PROJECTIONS = "projections"
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Placement:
         loss_chunk_bytes: logits at once in the project's own chunked loss; None is TRL's loss. What is not a resident head needs it.
         offload_activations: checkpoints of activations wait in host memory.
         offload_adapters: adapters, their gradients and the optimizer live in host memory.
-        fused_lora: hand-written backward pass of adapted projections and MLPs.
+        fused_lora: hand-written backward pass of adapted projections, MLPs and norms; "projections" is of these alone.
         mlp_tile_tokens: tokens that go through an MLP at once; None is all.
         dequantise_once: a visited layer's weights are kept in 16 bits for all micro-batches of the visit.
     """
@@ -35,7 +38,7 @@ class Placement:
     loss_chunk_bytes: int | None = None
     offload_activations: bool = False
     offload_adapters: bool = False
-    fused_lora: bool = False
+    fused_lora: bool | Literal["projections"] = False
     mlp_tile_tokens: int | None = None
     dequantise_once: bool = False
 

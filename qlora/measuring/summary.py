@@ -159,7 +159,7 @@ def strategy(settings: Mapping[str, Any]) -> str:
         "embedding in RAM" if settings.get("memory.embedding_device") == "host" else "",
         f"head {head}" if (head := settings.get("memory.head_format", "resident")) != "resident" else "",
         f"loss by {chunk}" if (chunk := settings.get("memory.loss_chunk", "none")) != "none" else "",
-        "fused" if settings.get("memory.fused_lora") else "",
+        {True: "fused", "projections": "fused projections"}.get(settings.get("memory.fused_lora"), ""),
         f"MLP by {tile}" if (tile := settings.get("memory.mlp_tile", "none")) != "none" else "",
         "packed" if settings.get("data.packing") else "",
         settings["train.optimizer"], dtype if (dtype := settings.get("model.dtype", "bf16")) != "bf16" else "",

@@ -53,7 +53,10 @@ _ENGINE = {
     "mlp_tile": "the inner activations of an MLP do not fit for all tokens at once",
     "loss_chunk": "fewer logits at once than TRL's tiles",
 }
-_ON_CPU = {"loss_chunk": "on a CPU two products with the head a step, where TRL's loss takes three"}  # always taken there
+_ON_CPU = {  # taken there wherever memory does not ask for more
+    "loss_chunk": "on a CPU two products with the head a step, where TRL's loss takes three",
+    "fused_lora": "on a CPU a backward pass of fewer operators is faster",
+}
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,6 @@ def choose(recipe: Recipe, facts: Facts, found: Found, batch: Choice) -> tuple[d
 def _placed(recipe: Recipe, facts: Facts, placement: Placement) -> dict[str, Decision]:
     """What the memory engine does, setting by setting."""
     plain = Placement().to_settings(facts.num_layers)
-    why = _ENGINE | _ON_CPU if facts.device.kind == "cpu" else _ENGINE
     decisions = {}
     for key, value in placement.to_settings(facts.num_layers).items():
         name = key.partition(".")[2]
@@ -186,7 +188,8 @@ def _placed(recipe: Recipe, facts: Facts, placement: Placement) -> dict[str, Dec
         elif value == plain[key]:
             decisions[key] = Decision(value, "default", _PLAIN[name].format(layers=facts.num_layers))
         else:
-            decisions[key] = Decision(value, "derived", why[name])
+            for_speed = _ON_CPU if facts.device.kind == "cpu" and value is not True else {}
+            decisions[key] = Decision(value, "derived", for_speed.get(name) or _ENGINE[name])
     if placement.streams and not recipe.is_given("train.sample_rows"):
         decisions["train.sample_rows"] = Decision(0, "derived", "each token of an answer would take every layer to the device once more")
     if recipe.memory.cache_base == "auto":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qlora.engine.placement import Placement
+from qlora.engine.placement import PROJECTIONS, Placement
 from qlora.errors import RecipeError
 from qlora.units import MIB, parse_size
 
@@ -38,9 +38,9 @@ def placements_for(
     _refuse_contradictions(recipe, num_layers, streamable, scaled_loss)
     host_table = {} if tied_embeddings else {"embedding_device": "host"}
     offload = {"offload_activations": on_gpu}
-    # On a CPU our loss is faster too: TRL's takes three products with the head there, one of them in fp32, and ours two in 16 bits
-    # (scripts/compare, scripts/profile_step.py).
-    start = Placement() if on_gpu else Placement(loss_chunk_bytes=_LOSS_CHUNK)
+    # On a CPU our loss is faster too: TRL's takes three products with the head there, one of them in fp32, and ours two in 16 bits.
+    # So are projections whose backward pass is written by hand, by fewer operators (scripts/compare, scripts/profile_step.py).
+    start = Placement() if on_gpu else Placement(loss_chunk_bytes=_LOSS_CHUNK, fused_lora=PROJECTIONS)
     fused = replace(start, fused_lora=True)
     thrifty = replace(fused, loss_chunk_bytes=_LOSS_CHUNK, **offload)
     found = [start, fused, thrifty, replace(thrifty, **host_table)]

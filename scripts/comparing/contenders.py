@@ -66,6 +66,7 @@ _WITH = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_
 
 CONTENDERS = (
     Contender("qlora", "this project, as it plans by itself", OURS, _KEPT, cold_start=True),
+    Contender("qlora-peft", "this project with PEFT's own backward pass", OURS, {**_KEPT, "memory.fused_lora": False}, named_only=True),
     Contender("qlora-lean", "this project, recomputing activations", OURS,
               {**_KEPT, "memory.checkpointing": True, "memory.fused_lora": True, "memory.loss_chunk": "128MiB"}, named_only=True),
     Contender("qlora-fused", "this project, its backward pass written by hand, activations kept", OURS,

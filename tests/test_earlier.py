@@ -1,6 +1,7 @@
 """What earlier runs found out: taken over where nothing that it rests on has changed, and the run is the same with it or without."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -31,11 +32,11 @@ def run(small_model, rows_file, tmp_path, monkeypatch):
         plain = getattr(flow, name)
         monkeypatch.setattr(flow, name, lambda *args, _plain=plain, _name=name: (seen.append([_name, args[-1]]), _plain(*args))[1])
 
-    def make(folder, rows=rows_file, **sections):
+    def make(folder, rows=rows_file, base=small_model, **sections):
         settings = {"epochs": 1, "max_steps": 3, "batch": 4, "micro_batch": 2, "learning_rate": 5e-3, "sample_rows": 2,
                     **sections.pop("train", {})}
         recipe = build_recipe(
-            model={"base": str(small_model)}, data={"path": str(rows), "validation": 0.2}, train=settings,
+            model={"base": str(base)}, data={"path": str(rows), "validation": 0.2}, train=settings,
             memory={"device": "cpu", **sections.pop("memory", {})}, lora={"dropout": 0.1, **sections.pop("lora", {})},
             output=str(tmp_path / folder), **sections,
         )
@@ -89,6 +90,16 @@ def test_what_it_rests_on_has_changed(change, again, run, rows_file, tmp_path):
         rows = tmp_path / "changed.jsonl"
         rows.write_text("".join(json.dumps(line) + "\n" for line in (lines[:20] if change == "held-out rows" else lines)))
     assert run("changed", rows=rows, train=train).stages == [*again, "evaluate after"]
+
+
+def test_a_config_that_computes_otherwise_is_another_base(run, small_model, tmp_path):
+    """Its weights are the same, and so is their fingerprint."""
+    first = run("first")
+    other = shutil.copytree(small_model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    found = run("changed", base=other)
+    assert found.stages == ["try_out", "evaluate before", "evaluate after"] and found.before["loss"] != first.before["loss"]
 
 
 def test_always_and_never(run):

@@ -33,8 +33,8 @@ def install_fused(model: PeftModel, *, projections_alone: bool = False) -> list[
     """Give a model's adapted 4-bit layers, their MLPs and its norms the backward passes of this file.
 
     Args:
-        projections_alone: MLPs and norms stay as they are. Nothing of size is computed anew then, and a projection takes a third of the
-            operators that PEFT's takes: the fastest form where there is room to keep what MLPs and norms consist of.
+        projections_alone: MLPs and norms stay as they are, so that nothing of size is computed anew; for where there is room to keep
+            what these consist of.
 
     Returns:
         What was left to PEFT and why, a line for each reason.

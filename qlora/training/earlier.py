@@ -66,6 +66,8 @@ def earlier_evaluation(setup: Setup, base: str) -> tuple[Evaluation, str] | None
     Args:
         base: fingerprint of the frozen weights.
     """
+    if setup.recipe.model.trust_remote_code:  # what code computes does not show in its weights
+        return None
     found = recall(home.starts_home(), _of_evaluation(setup, base))
     return (Evaluation.from_record(found["evaluation"]), found["date"]) if isinstance(found, dict) else None
 
@@ -79,10 +81,8 @@ def keep_earlier_evaluation(setup: Setup, base: str, evaluation: Evaluation) -> 
 
 
 def _of_trial(setup: Setup) -> dict[str, Any]:
-    config = {key: value for key, value in setup.config.to_dict().items() if not key.startswith("_")}
     settings = {key: value for key, value in setup.plan.settings.items() if key not in _SIZELESS}
-    return {**_common(setup), "about": "trial", "config": config, "settings": settings, "train": setup.data.fingerprint,
-            "phases": setup.plan.phases}
+    return {**_common(setup), "about": "trial", "settings": settings, "train": setup.data.fingerprint, "phases": setup.plan.phases}
 
 
 def _of_evaluation(setup: Setup, base: str) -> dict[str, Any]:
@@ -94,9 +94,11 @@ def _of_evaluation(setup: Setup, base: str) -> dict[str, Any]:
 def _common(setup: Setup) -> dict[str, Any]:
     from qlora.training.probe import answer_tokens
 
+    # Rotary scaling and the like are in no weight: the config says how they are computed with.
+    config = {key: value for key, value in setup.config.to_dict().items() if not key.startswith("_")}
     data = setup.data
     samples = [[sample.prompt_ids, sample.reference] for sample in data.samples]
-    return {"device": setup.device.lasting, "validation": fingerprint(data.validation), "samples": samples, "stop": data.stop_ids,
+    return {"device": setup.device.lasting, "config": config, "validation": fingerprint(data.validation), "samples": samples, "stop": data.stop_ids,
             "answer_tokens": answer_tokens(setup) if samples else 0}
 
 
